@@ -1,0 +1,92 @@
+"""What shoal raises.
+
+::
+
+    ShoalError
+    ├── ConfigurationError (ValueError)     something was asked for that cannot be; the message says what to type instead
+    │   ├── DataError                       the data themselves are unusable (empty client, NaN, label out of range)
+    │   ├── RunFolderError                  the run folder belongs to another configuration or to another process
+    │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
+    ├── ClientError (RuntimeError)          more clients failed than the run allows
+    ├── NonFiniteError (ArithmeticError)    the server step would have made the global model NaN or infinite
+    ├── CheckpointError (RuntimeError)      a checkpoint cannot be read, and no older one either
+    └── StorageError (RuntimeError)         the run folder cannot be written (disk full, read-only)
+
+    RunInterrupted (KeyboardInterrupt)      Ctrl-C or SIGTERM, after the state was saved
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class ShoalError(Exception):
+    """The base of everything that shoal raises on purpose."""
+
+
+class ConfigurationError(ShoalError, ValueError):
+    """Something was asked for that cannot be."""
+
+
+class DataError(ConfigurationError):
+    """The data are unusable: an empty client, NaN, a label out of range."""
+
+
+class RunFolderError(ConfigurationError):
+    """A run folder belongs to another configuration, or another process is using it."""
+
+
+class MissingExtraError(ConfigurationError, ImportError):
+    """An optional package is not installed.
+
+    Args:
+        package: The import name of the missing package.
+        purpose: What it was wanted for, as it reads after "to".
+        extra: The extra of shoal that brings it.
+    """
+
+    def __init__(self, package: str, *, purpose: str, extra: str) -> None:
+        super().__init__(f"{package} is needed to {purpose} and is not installed: pip install 'shoal[{extra}]'")
+        self.extra = extra
+
+
+class ClientError(ShoalError, RuntimeError):
+    """More clients of a round failed than the run allows; the first client's own exception is the cause."""
+
+
+class NonFiniteError(ShoalError, ArithmeticError):
+    """The server step would have put NaN or infinity into the global model; the model was left as it was."""
+
+
+class CheckpointError(ShoalError, RuntimeError):
+    """No checkpoint of a run can be read."""
+
+
+class StorageError(ShoalError, RuntimeError):
+    """A file of the run could not be written; the files written before it are whole."""
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """A run was stopped from outside after its state was saved.
+
+    Args:
+        message: What happened and how to go on, in one line.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigurationError:
+    """Returns the error for a name that does not exist, with the nearest ones that do.
+
+    Args:
+        kind: What the name was meant to be, such as "algorithm".
+        name: The name as it was given.
+        known: The names that exist.
+    """
+    options = sorted(known)
+    near = difflib.get_close_matches(name.lower(), options, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(option) for option in near)}?" if near else f"known: {', '.join(options)}"
+    return ConfigurationError(f"unknown {kind} {name!r}; {hint}")

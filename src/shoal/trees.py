@@ -1,0 +1,118 @@
+"""Arithmetic on flat trees of arrays.
+
+Every function takes numpy arrays and torch tensors alike, keeps them on their device, and imports no framework: it uses
+operators and the few methods that the two kinds share by name or by a one-line equivalent. Sums are taken in float64,
+so that the order of clients and the number of workers matter as little as they can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import numpy as np
+
+from shoal.types import Array, Params
+
+Framework = Literal["numpy", "torch"]
+
+
+def framework(tree: Params) -> Framework:
+    """Returns which kind of arrays a tree holds; an empty tree counts as numpy."""
+    return "torch" if any(not _is_numpy(array) for array in tree.values()) else "numpy"
+
+
+def widen(array: Array) -> Array:
+    """Returns the array in float64, or the array itself where it is that already."""
+    return np.asarray(array, dtype=np.float64) if _is_numpy(array) else array.double()
+
+
+def cast_like(array: Array, reference: Array) -> Array:
+    """Returns the array with the dtype of ``reference``."""
+    return np.asarray(array, dtype=reference.dtype) if _is_numpy(reference) else array.to(reference.dtype)
+
+
+def map_trees(function: Callable[..., Array], tree: Params, *others: Params) -> dict[str, Array]:
+    """Returns ``{name: function(tree[name], *(other[name] for other in others))}``."""
+    return {name: function(array, *(other[name] for other in others)) for name, array in tree.items()}
+
+
+def copy(tree: Params) -> dict[str, Array]:
+    """Returns a tree of copies that share no memory with the originals."""
+    return map_trees(lambda array: np.array(array) if _is_numpy(array) else array.detach().clone(), tree)
+
+
+def zeros(tree: Params) -> dict[str, Array]:
+    """Returns float64 zeros with the names, shapes and devices of ``tree``."""
+    return map_trees(
+        lambda array: widen(array) * 0.0 if _is_numpy(array) else array.new_zeros(array.shape).double(), tree
+    )
+
+
+def difference(after: Params, before: Params) -> dict[str, Array]:
+    """Returns ``after − before`` in float64."""
+    return map_trees(lambda new, old: widen(new) - widen(old), after, before)
+
+
+def advance(tree: Params, increment: Params) -> dict[str, Array]:
+    """Returns ``tree + increment``, added in float64 and rounded once to the dtypes of ``tree``."""
+    return map_trees(lambda array, step: cast_like(widen(array) + widen(step), array), tree, increment)
+
+
+def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:
+    """Adds ``scale · tree`` to ``total`` in place."""
+    for name, array in tree.items():
+        total[name] += widen(array) * scale
+
+
+def scaled(tree: Params, scale: float) -> dict[str, Array]:
+    """Returns ``scale · tree``."""
+    return map_trees(lambda array: array * scale, tree)
+
+
+def all_finite(tree: Params) -> bool:
+    """Tells whether no array holds NaN or infinity."""
+    # For finite x, x − x is 0; for NaN and ±inf it is NaN, and one NaN makes the sum NaN. One number per array is read.
+    return all(float((array - array).sum()) == 0.0 for array in tree.values())
+
+
+def norm(tree: Params) -> float:
+    """Returns the Euclidean norm over all arrays together."""
+    return float(sum(float((widen(array) ** 2).sum()) for array in tree.values())) ** 0.5
+
+
+def nbytes(tree: Params) -> int:
+    """Returns the memory that the arrays' elements take, in bytes."""
+    return sum(int(array.nbytes) for array in tree.values())
+
+
+def mismatch(tree: Params, reference: Params) -> str | None:
+    """Says how the names or shapes of ``tree`` differ from those of ``reference``; None where they do not."""
+    missing, extra = sorted(reference.keys() - tree.keys()), sorted(tree.keys() - reference.keys())
+    if missing or extra:
+        parts = [
+            f"{word} {', '.join(names[:3])}" for word, names in (("lacks", missing), ("has unknown", extra)) if names
+        ]
+        return " and ".join(parts)
+    for name, array in reference.items():
+        if tuple(tree[name].shape) != tuple(array.shape):
+            return f"{name} has shape {tuple(tree[name].shape)} where {tuple(array.shape)} is expected"
+    return None
+
+
+def flatten(trees: Mapping[str, Params], separator: str = "/") -> dict[str, Array]:
+    """Returns one tree with the names ``outer/inner``; an outer name must not hold the separator."""
+    return {f"{outer}{separator}{inner}": array for outer, tree in trees.items() for inner, array in tree.items()}
+
+
+def unflatten(tree: Params, separator: str = "/") -> dict[str, dict[str, Array]]:
+    """Undoes :func:`flatten`."""
+    trees: dict[str, dict[str, Array]] = {}
+    for name, array in tree.items():
+        outer, _, inner = name.partition(separator)
+        trees.setdefault(outer, {})[inner] = array
+    return trees
+
+
+def _is_numpy(array: Array) -> bool:
+    return isinstance(array, np.ndarray | np.generic)
