@@ -3,7 +3,7 @@
 ::
 
     ShoalError
-    ├── ConfigurationError (ValueError)     something was asked for that cannot be; the message says what to type instead
+    ├── ConfigurationError (ValueError)     what was asked for cannot be; the message says what to type
     │   ├── DataError                       the data themselves are unusable (empty client, NaN, label out of range)
     │   ├── RunFolderError                  the run folder belongs to another configuration or to another process
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
@@ -18,10 +18,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from collections.abc import Iterable
 
 
 class ShoalError(Exception):

@@ -24,7 +24,7 @@ def generator(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np
     Raises:
         ConfigurationError: The seed is negative or no whole number.
     """
-    if not isinstance(seed, int | np.integer) or isinstance(seed, bool) or seed < 0:
+    if type(seed) is not int or seed < 0:
         raise ConfigurationError(f"the seed must be a whole number ≥ 0, not {seed!r}")
     key = (zlib.crc32(purpose.encode()), round, client)
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(int(seed), spawn_key=key)))
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))

@@ -7,6 +7,7 @@ so that the order of clients and the number of workers matter as little as they 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -78,7 +79,7 @@ def all_finite(tree: Params) -> bool:
 
 def norm(tree: Params) -> float:
     """Returns the Euclidean norm over all arrays together."""
-    return float(sum(float((widen(array) ** 2).sum()) for array in tree.values())) ** 0.5
+    return math.sqrt(sum(float((widen(array) ** 2).sum()) for array in tree.values()))
 
 
 def nbytes(tree: Params) -> int:

@@ -62,7 +62,7 @@ class Update:
     client: int
     """The client's index in the population."""
     delta: Params
-    """Trained parameters after minus before, in float64 for in-process clients: only there is ``w + (w' − w)`` always w'."""
+    """Trained parameters after minus before. Learners take it in float64, where ``w + (w' − w)`` is w' again."""
     weight: float
     """Number of examples trained on, > 0."""
     buffers: Params = field(default_factory=dict)
