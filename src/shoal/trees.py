@@ -29,8 +29,8 @@ def widen(array: Array) -> Array:
 
 
 def cast_like(array: Array, reference: Array) -> Array:
-    """Returns the array with the dtype of ``reference``."""
-    return np.asarray(array, dtype=reference.dtype) if _is_numpy(reference) else array.to(reference.dtype)
+    """Returns the array with the dtype and on the device of ``reference``, which is of the same kind."""
+    return np.asarray(array, dtype=reference.dtype) if _is_numpy(reference) else array.to(reference)
 
 
 def map_trees(function: Callable[..., Array], tree: Params, *others: Params) -> dict[str, Array]:

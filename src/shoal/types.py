@@ -59,8 +59,6 @@ class Broadcast:
 class Update:
     """What one client sends back. Updates add: the server keeps one running sum."""
 
-    client: int
-    """The client's index in the population."""
     delta: Params
     """Trained parameters after minus before. Learners take it in float64, where ``w + (w' − w)`` is w' again."""
     weight: float

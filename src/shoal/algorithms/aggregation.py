@@ -1,0 +1,67 @@
+"""The running sum that a round's updates are folded into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from shoal import trees
+from shoal.types import Array, ModelState, Params, Update
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Aggregate:
+    """The weighted mean of a round's updates."""
+
+    delta: Params
+    """Mean change of the trained parameters, float64."""
+    buffers: Params
+    """Mean change of the buffers, float64."""
+    extras: Mapping[str, Params] = field(default_factory=dict)
+    """Means of the extra trees."""
+    clients: int
+    """How many updates are in it."""
+    weight: float
+    """The sum of their weights."""
+
+
+class WeightedSum:
+    """Σ weight · update over a round, in float64 on the updates' own device; its memory does not grow with the cohort.
+
+    Args:
+        model: Gives the names, shapes and device of the sums.
+    """
+
+    def __init__(self, model: ModelState) -> None:
+        self._delta = trees.zeros(model.params)
+        self._buffers = trees.zeros(model.buffers)
+        self._extras: dict[str, dict[str, Array]] = {}
+        self.clients = 0
+        self.weight = 0.0
+
+    def add(self, update: Update, weight: float) -> None:
+        """Adds one update.
+
+        Args:
+            update: Its names and shapes are those of the model.
+            weight: Its share in the mean before normalisation, > 0.
+        """
+        trees.add_scaled(self._delta, update.delta, weight)
+        trees.add_scaled(self._buffers, update.buffers, weight)
+        for name, tree in update.extras.items():
+            trees.add_scaled(self._extras.setdefault(name, trees.zeros(tree)), tree, weight)
+        self.clients += 1
+        self.weight += weight
+
+    def mean(self) -> Aggregate:
+        """Returns the mean of what was added, at least one update."""
+        return Aggregate(
+            delta=self._divided(self._delta),
+            buffers=self._divided(self._buffers),
+            extras={name: self._divided(tree) for name, tree in self._extras.items()},
+            clients=self.clients,
+            weight=self.weight,
+        )
+
+    def _divided(self, tree: Params) -> dict[str, Array]:
+        return trees.map_trees(lambda array: array / self.weight, tree)

@@ -1,0 +1,130 @@
+"""``shoal federate`` and ``shoal demo``."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.errors import ConfigurationError, RunFolderError, RunInterrupted
+
+if TYPE_CHECKING:
+    from shoal.federation import Experiment
+
+RUNS = Path("runs")
+"""Where runs go that are given no folder."""
+
+Rounds = Annotated[int | None, typer.Option(help="Number of rounds.")]
+Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round.")]
+Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
+Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
+Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
+RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as alpha=0.1 or algorithm=fedprox."),
+]
+
+
+def demo(
+    rounds: Rounds = None,
+    cohort: Cohort = None,
+    clients: Clients = None,
+    engine: Engine = None,
+    device: Device = None,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    settings: Set = None,
+) -> None:
+    """Federate a small CNN over 100 clients with skewed shares of scikit-learn's digits."""
+    options = {"rounds": rounds, "cohort": cohort, "clients": clients, "engine": engine, "seed": seed}
+    _run("digits", options, settings or [], device=device, run_dir=run_dir, resume=resume)
+
+
+def federate(
+    experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
+    rounds: Rounds = None,
+    cohort: Cohort = None,
+    clients: Clients = None,
+    engine: Engine = None,
+    device: Device = None,
+    seed: Seed = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    settings: Set = None,
+) -> None:
+    """Train one model on the data of many clients."""
+    options = {"rounds": rounds, "cohort": cohort, "clients": clients, "engine": engine, "seed": seed}
+    _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
+
+
+def _run(
+    name: str,
+    options: dict[str, int | str | None],
+    pairs: list[str],
+    *,
+    device: str | None,
+    run_dir: Path | None,
+    resume: bool,
+) -> None:
+    if resume and run_dir is None:
+        raise ConfigurationError("--resume goes on with a run's folder: name it with --run-dir")
+    from shoal.experiments import build, load, parse_settings
+
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    experiment = build(load(name), parse_settings(pairs) | given)
+    if device is not None:
+        experiment = _on(experiment, device)
+    if run_dir is not None:
+        _execute(experiment, run_dir, resume=resume)
+        return
+    for path in _new_folders(experiment.name):
+        try:
+            _execute(experiment, path, resume=False)
+        except RunFolderError:
+            if not path.exists():
+                raise
+            continue  # another process has taken the name in the meantime
+        return
+
+
+def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
+    from shoal.federation import Progress, run_experiment
+
+    try:
+        run_experiment(experiment, run_dir=path, resume=resume, callbacks=[Progress()])
+    except RunInterrupted as interrupt:
+        message = f"{interrupt}; to go on: {_resume_command(path)}"
+        raise RunInterrupted(message) from interrupt.__cause__
+
+
+def _new_folders(name: str) -> itertools.chain[Path]:
+    """Yields names for a run's folder that are free at this moment: runs/digits-0001 and so on."""
+    numbers = (RUNS / f"{name}-{number:04d}" for number in itertools.count(1))
+    return itertools.chain(path for path in numbers if not path.exists())
+
+
+def _resume_command(path: Path) -> str:
+    words = [word for word in sys.argv[1:] if word != "--resume"]
+    if not any(word == "--run-dir" or word.startswith("--run-dir=") for word in words):
+        words += ["--run-dir", str(path)]
+    return shlex.join(["shoal", *words, "--resume"])
+
+
+def _on(experiment: Experiment, device: str) -> Experiment:
+    import dataclasses
+
+    from shoal.devices import Devices
+
+    accelerator, _, index = device.partition(":")
+    if index and not index.isdigit():
+        raise ConfigurationError(f"--device takes auto, cpu, cuda or cuda:NUMBER, not {device!r}")
+    devices = Devices("single", accelerator=accelerator, id=int(index) if index else None)  # type: ignore[arg-type]
+    return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

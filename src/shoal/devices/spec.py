@@ -1,0 +1,42 @@
+"""The specification of a learner's devices. It names no framework; each learner turns it into its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shoal.errors import ConfigurationError, unknown_name
+
+Strategy = Literal["single"]
+Accelerator = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How one learner spreads over devices.
+
+    Example::
+
+        Devices("single", accelerator="cuda", id=1)
+
+    Raises:
+        ConfigurationError: The strategy or accelerator does not exist, or the id cannot be.
+    """
+
+    strategy: Strategy = "single"
+    """``single``: one device holds the model and all of the batch."""
+    accelerator: Accelerator = "auto"
+    """``cpu``, ``cuda``, or ``auto``: CUDA where there is a CUDA device, else the CPU."""
+    id: int | None = None
+    """The index of the CUDA device; None for the current one."""
+
+    def __post_init__(self) -> None:
+        if self.strategy not in get_args(Strategy):
+            raise unknown_name("strategy", self.strategy, get_args(Strategy))
+        if self.accelerator not in get_args(Accelerator):
+            raise unknown_name("accelerator", self.accelerator, get_args(Accelerator))
+        if self.id is not None and (self.id < 0 or self.accelerator == "cpu"):
+            raise ConfigurationError(
+                f"device id {self.id} was asked for with accelerator {self.accelerator!r}; "
+                "an id ≥ 0 selects a CUDA device: use accelerator='cuda', or leave the id out"
+            )

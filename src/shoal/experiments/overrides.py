@@ -1,0 +1,105 @@
+"""``key=value`` from the command line, put into frozen configurations with the types of their fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from shoal.algorithms import ALGORITHMS
+from shoal.errors import ConfigurationError, unknown_name
+from shoal.federation import Experiment
+
+SCALARS = (bool, int, float, str)
+PARTS = ("algorithm", "learner")
+
+
+def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
+    """Returns ``["rounds=3", "algorithm.mu=0.1"]`` as a mapping; of a repeated key the last counts.
+
+    Raises:
+        ConfigurationError: A pair has no ``=``.
+    """
+    settings: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"--set takes key=value, not {pair!r}")
+        settings[key.strip()] = text.strip()
+    return settings
+
+
+def apply(experiment: Experiment, settings: Mapping[str, str], *, also_known: Iterable[str] = ()) -> Experiment:
+    """Returns the experiment with other values in the fields that the settings name.
+
+    Args:
+        experiment: What to start from.
+        settings: Values by key, as text.
+        also_known: Further keys that exist elsewhere, to be named when one is misspelt.
+
+    Raises:
+        ConfigurationError: A key does not exist, or its value cannot be read.
+    """
+    if "algorithm" in settings:
+        name = settings["algorithm"].lower()
+        if name not in ALGORITHMS:
+            raise unknown_name("algorithm", name, ALGORITHMS)
+        experiment = dataclasses.replace(experiment, algorithm=ALGORITHMS[name]())
+    known = {**_fields(experiment), "algorithm": str}
+    for part in PARTS:
+        known |= {f"{part}.{field}": hint for field, hint in _fields(getattr(experiment, part)).items()}
+    for key in settings:
+        if key not in known:
+            raise unknown_name("key in --set", key, [*known, *also_known])
+    values = {key: converted(key, text, known[key]) for key, text in settings.items() if key != "algorithm"}
+    for part in PARTS:
+        inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{part}.")}
+        if inner:
+            experiment = dataclasses.replace(
+                experiment, **{part: dataclasses.replace(getattr(experiment, part), **inner)}
+            )
+    return dataclasses.replace(experiment, **{key: value for key, value in values.items() if "." not in key})
+
+
+def converted(key: str, text: str, hint: Any) -> Any:
+    """Returns ``text`` as a value of the annotated type.
+
+    Raises:
+        ConfigurationError: It is no such value.
+    """
+    kinds = _alternatives(hint)
+    if text.lower() in ("none", "null") and type(None) in kinds:
+        return None
+    for kind in kinds:
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        if kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+        if kind is str:
+            return text
+    names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ConfigurationError(f"{key} takes {names}, not {text!r}")
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    """Returns the types of a dataclass's fields that can be written as text."""
+    if not dataclasses.is_dataclass(config):
+        return {}
+    hints = typing.get_type_hints(type(config))
+    names = [field.name for field in dataclasses.fields(config) if field.init]
+    return {name: hints[name] for name in names if set(_alternatives(hints[name])) & set(SCALARS)}
+
+
+def _alternatives(hint: Any) -> tuple[type, ...]:
+    """Returns the scalar types that an annotation admits, None among them, in the order in which to try them."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [kind for option in typing.get_args(hint) for kind in _alternatives(option)]
+        return tuple(sorted(inner, key=[type(None), *SCALARS].index))
+    if typing.get_origin(hint) is Literal:
+        return (str,)
+    return (hint,) if hint in (*SCALARS, type(None)) else ()

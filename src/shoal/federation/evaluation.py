@@ -1,0 +1,74 @@
+"""Measuring the global model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from shoal.data import Dataset
+from shoal.federation.cohorts import ClientShards
+from shoal.learners.base import Learner
+from shoal.types import ModelState
+
+PERCENTILES = {"p10": 10, "p50": 50, "p90": 90}
+
+
+class Evaluator:
+    """Measures the global model on held-out data and on the validation examples of a panel of clients.
+
+    Args:
+        learner: Knows the model and the metrics.
+        held_out: Data of no client; None for none.
+        shards: The clients' data.
+        panel: The clients to validate on; empty for none.
+    """
+
+    def __init__(self, learner: Learner, held_out: Dataset | None, shards: ClientShards, panel: Sequence[int]) -> None:
+        self._learner = learner
+        self._held_out = held_out
+        self._shards = shards
+        self._panel = panel
+
+    def __bool__(self) -> bool:
+        return self._held_out is not None or bool(self._panel)
+
+    def measure(self, model: ModelState) -> dict[str, float]:
+        """Returns the held-out metrics by their names, and the clients' as ``client_…`` with their spread."""
+        measured = dict(self._learner.evaluate(model, self._held_out)) if self._held_out is not None else {}
+        pooled = ClientMetrics("client")
+        for client in self._panel:
+            data = self._shards.validation(client)
+            if data is not None:
+                pooled.add(self._learner.evaluate(model, data), weight=len(data))
+        return measured | pooled.summary()
+
+
+class ClientMetrics:
+    """Metrics of many clients: the mean over their examples, and the spread over the clients.
+
+    Args:
+        prefix: Heads the names, as in ``train_loss``.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.weight = 0.0
+        self._values: dict[str, list[float]] = {}
+        self._weights: dict[str, list[float]] = {}
+
+    def add(self, metrics: Mapping[str, float], weight: float) -> None:
+        """Adds one client's means over ``weight`` examples."""
+        self.weight += weight
+        for name, value in metrics.items():
+            self._values.setdefault(name, []).append(value)
+            self._weights.setdefault(name, []).append(weight)
+
+    def summary(self) -> dict[str, float]:
+        """Returns ``prefix_name`` (mean over examples) and ``prefix_name_p10``, ``_p50``, ``_p90`` (over clients)."""
+        summary: dict[str, float] = {}
+        for name, values in self._values.items():
+            summary[f"{self._prefix}_{name}"] = float(np.average(values, weights=self._weights[name]))
+            for label, percentile in PERCENTILES.items():
+                summary[f"{self._prefix}_{name}_{label}"] = float(np.percentile(values, percentile))
+        return summary

@@ -1,0 +1,121 @@
+"""From an experiment to everything a round needs; whatever is wrong shows here, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shoal import trees
+from shoal.algorithms import ServerState
+from shoal.data import Dataset, Population, Subset, as_dataset
+from shoal.engines import Engine, choose_engine
+from shoal.errors import ConfigurationError, unknown_name
+from shoal.federation.cohorts import ClientShards
+from shoal.federation.evaluation import Evaluator
+from shoal.federation.experiment import Experiment
+from shoal.types import ModelState
+
+PICTURED_CLIENTS = 200
+"""How many clients the partition picture shows; more would be thinner than a pixel."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """An experiment that has been checked, and what its rounds need."""
+
+    experiment: Experiment
+    """As the user gave it."""
+    engine: Engine
+    """Runs the cohorts."""
+    engine_choice: str
+    """Which engine that is and why, in one line."""
+    shards: ClientShards
+    """The clients' data."""
+    cohort: int
+    """Number of clients in a round."""
+    evaluator: Evaluator
+    """Measures the global model; false where nothing is to be measured."""
+    start: ServerState
+    """The method's state before the first round."""
+    identity: dict[str, Any]
+    """What decides the run's numbers, as JSON."""
+
+
+def prepare(experiment: Experiment) -> Plan:
+    """Checks an experiment against its data and makes what its rounds need.
+
+    Raises:
+        ConfigurationError: The cohort is larger than the population, or a name does not exist.
+        DataError: There are no clients, a client is empty, a number is not finite, a label is out of range, or the
+            model does not take the data.
+    """
+    population = _population(experiment.clients)
+    cohort = len(population) if experiment.cohort is None else experiment.cohort
+    if cohort > len(population):
+        raise ConfigurationError(
+            f"a cohort of {cohort} clients was asked for, but the population has {len(population)}: "
+            f"use at most {len(population)}"
+        )
+    engine, choice = choose_engine(experiment.engine)
+    population.check()
+    held_out = None if experiment.evaluate is None else as_dataset(experiment.evaluate)
+    if held_out is not None:
+        held_out.check()
+    model = experiment.learner.init(experiment.seed)
+    experiment.learner.check(population.dataset)
+    if held_out is not None:
+        experiment.learner.check(held_out)
+    shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
+    panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
+    evaluator = Evaluator(experiment.learner, held_out, shards, panel)
+    sample = held_out or population[0]
+    _check_metric(experiment, model, sample, held_out=held_out is not None, panel=bool(panel))
+    return Plan(
+        experiment=experiment,
+        engine=engine,
+        engine_choice=choice,
+        shards=shards,
+        cohort=cohort,
+        evaluator=evaluator,
+        start=experiment.algorithm.start(model),
+        identity=experiment.identity(population, held_out) | {"model": _signature(model)},
+    )
+
+
+def partition_picture(population: Population) -> dict[str, Any]:
+    """Returns how the labels lie over the clients, as JSON for the report: at most 200 clients, evenly picked."""
+    shown = np.unique(np.linspace(0, len(population) - 1, PICTURED_CLIENTS).astype(int)).tolist()
+    counts = population.label_counts(shown)
+    sizes = population.sizes
+    return {
+        "clients": shown,
+        "labels": list(range(counts.shape[1])),
+        "counts": counts.tolist(),
+        "sizes": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
+        "total_clients": len(population),
+        "description": str(population),
+    }
+
+
+def _population(clients: Population | Sequence[Any]) -> Population:
+    return clients if isinstance(clients, Population) else Population.from_datasets(clients)
+
+
+def _check_metric(experiment: Experiment, model: ModelState, data: Dataset, *, held_out: bool, panel: bool) -> None:
+    """Measures two examples, so that a metric that does not exist is refused now and not after the first round."""
+    if experiment.metric is None:
+        return
+    names = list(experiment.learner.evaluate(model, Subset(data, np.arange(min(2, len(data))))))
+    known = (names if held_out else []) + ([f"client_{name}" for name in names] if panel else [])
+    if experiment.metric not in known:
+        raise unknown_name("metric", experiment.metric, known)
+
+
+def _signature(model: ModelState) -> str:
+    """Returns a digest of the names, shapes and dtypes of a model's arrays."""
+    rows = sorted((name, tuple(array.shape), str(array.dtype)) for name, array in model.merged().items())
+    return hashlib.sha256(repr((rows, trees.framework(model.params))).encode()).hexdigest()

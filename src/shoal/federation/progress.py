@@ -1,0 +1,103 @@
+"""What a person sees while a federation runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from shoal.federation.callbacks import Callback, Record, RunInfo
+
+if TYPE_CHECKING:
+    from shoal.federation.result import FederationResult
+
+
+class Progress(Callback):
+    """Shows rounds, metrics, clients per second and the time left; plain lines where there is no terminal.
+
+    Args:
+        console: Where to; None for standard output.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._bars = Bars(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._rounds = self._bars.add_task("round", start=False, told="")
+        self._total = 0
+        self._told = ""
+
+    def on_run_start(self, run: RunInfo) -> None:
+        """Says what begins, and starts the bar on a terminal."""
+        self._total = run.rounds
+        who = f"{run.population} clients, {run.cohort} a round, {run.rounds} rounds"
+        self._print(f"{run.name}: {who}" + (f", in {run.run_dir}" if run.run_dir else ""))
+        for notice in run.notices:
+            self._print(notice, style="dim")
+        if self._console.is_terminal:
+            self._bars.update(self._rounds, total=run.rounds, completed=run.first_round - 1)
+            self._bars.start_task(self._rounds)
+            self._bars.start()
+
+    def on_round_end(self, record: Record) -> None:
+        """Moves the bar, or prints a line."""
+        measured = [f"{name} {record[name]:.4f}" for name in _shown(record)]
+        self._told = " · ".join(measured) or self._told
+        speed = f"{record['clients_per_second']:.0f} clients/s"
+        if self._console.is_terminal:
+            self._bars.update(self._rounds, completed=record["round"], told=f"{self._told} · {speed}")
+        else:
+            self._print(" · ".join([f"round {record['round']}/{self._total}", *measured, speed]))
+
+    def on_run_end(self, result: FederationResult) -> None:
+        """Shows the final table."""
+        self._bars.stop()
+        self._console.print(_final_table(result))
+        for notice in result.notices:
+            self._print(notice, style="dim")
+        if result.run_dir is not None and (report := result.run_dir / "report.html").exists():
+            self._print(f"report: {report}")
+
+    def close(self) -> None:
+        """Gives the terminal back."""
+        self._bars.stop()
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _shown(record: Record) -> list[str]:
+    """Returns the names of the metrics worth a place in one line: the global model's, else the clients' own."""
+    usual = [name for name in ("accuracy", "loss", "client_accuracy", "client_loss") if name in record]
+    return usual[:2] or [name for name in ("train_loss",) if name in record]
+
+
+def _final_table(result: FederationResult) -> Table:
+    table = Table("rounds", "time", "clients/s", show_edge=False, pad_edge=False, title_justify="left")
+    history = result.history
+    rounds = str(len(history))
+    seconds = sum(record["seconds"] for record in history)
+    clients = sum(record["clients"] for record in history)
+    row = [rounds, f"{seconds:.1f} s", f"{clients / seconds:.0f}" if seconds else "–"]
+    last = history[-1] if history else {}
+    for name in _shown(last):
+        table.add_column(name)
+        row.append(f"{last[name]:.4f}")
+    if result.best is not None:
+        table.add_column(f"best {result.best.metric}")
+        row.append(f"{result.best.value:.4f} (round {result.best.round})")
+    table.add_column("stopped")
+    row.append(result.stopped)
+    table.add_row(*row)
+    return table

@@ -1,0 +1,115 @@
+"""The entry points: from an experiment, or from its parts, to a result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Unpack
+
+from shoal import trees
+from shoal.algorithms import Algorithm, FedAvg
+from shoal.data import Population
+from shoal.engines import Engine
+from shoal.federation.callbacks import Callback
+from shoal.federation.experiment import Experiment, Settings
+from shoal.federation.loop import FederationLoop
+from shoal.federation.preparation import Plan, partition_picture, prepare
+from shoal.federation.result import FederationResult
+from shoal.federation.storage import RunStorage, environment
+from shoal.learners.base import Learner
+from shoal.runs import RunFolder
+
+
+def federate(
+    learner: Learner,
+    clients: Population | Sequence[Any],
+    *,
+    rounds: int,
+    cohort: int | None = None,
+    algorithm: Algorithm | None = None,
+    engine: str | Engine = "auto",
+    seed: int = 0,
+    name: str = "federation",
+    evaluate: Any = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+    **settings: Unpack[Settings],
+) -> FederationResult:
+    """Trains one model on the data of many clients.
+
+    Example::
+
+        clients = shoal.data.partition(dataset, shoal.data.Dirichlet(clients=1000, alpha=0.3), seed=0)
+        result = shoal.federate(learner, clients, rounds=200, cohort=100, evaluate=test_set, run_dir="runs/demo")
+
+    Args:
+        learner: Trains and evaluates the model on one client's data.
+        clients: The population, or one data set (arrays, a torch data set) for each client.
+        rounds: Number of rounds.
+        cohort: Clients sampled for each round; None for all.
+        algorithm: The federated method; None for FedAvg.
+        engine: Where a cohort runs.
+        seed: Decides all randomness of the run.
+        name: Heads the report.
+        evaluate: Held-out data to measure the global model on.
+        run_dir: The run's folder; None to keep everything in memory.
+        resume: Go on with the run that ``run_dir`` holds.
+        callbacks: Told of what happens; ``shoal.Progress()`` shows it.
+        settings: Any further field of :class:`~shoal.Experiment`, such as ``evaluate_every`` or ``max_failures``.
+
+    Raises:
+        ConfigurationError: Something was asked for that cannot be; nothing was written.
+        ClientError: More clients of a round failed than ``max_failures``.
+        NonFiniteError: A step would have made the global model NaN or infinite.
+        StorageError: The run folder cannot be written.
+        RunInterrupted: Ctrl-C or SIGTERM came; the state is saved.
+    """
+    experiment = Experiment(
+        learner=learner,
+        clients=clients,
+        rounds=rounds,
+        cohort=cohort,
+        algorithm=algorithm or FedAvg(),
+        engine=engine,
+        seed=seed,
+        name=name,
+        evaluate=evaluate,
+        **settings,
+    )
+    return run_experiment(experiment, run_dir=run_dir, resume=resume, callbacks=callbacks)
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> FederationResult:
+    """Runs an experiment; :func:`federate` says what is raised.
+
+    Args:
+        experiment: What to run.
+        run_dir: The run's folder; None to keep everything in memory.
+        resume: Go on with the run that ``run_dir`` holds.
+        callbacks: Told of what happens.
+    """
+    plan = prepare(experiment)
+    folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
+    with RunStorage(folder, keep=experiment.keep_checkpoints) as storage:
+        storage.save_partition(partition_picture(plan.shards.population))
+        return FederationLoop(plan, storage, callbacks).run()
+
+
+def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:
+    experiment = plan.experiment
+    config = {
+        "identity": plan.identity,
+        "options": experiment.options(),
+        "environment": environment(experiment.seed, plan.engine.name),
+    }
+    state = plan.start
+    bytes_a_checkpoint = trees.nbytes(state.model.merged()) + sum(trees.nbytes(slot) for slot in state.slots.values())
+    needed = bytes_a_checkpoint * (experiment.keep_checkpoints + 2)  # the best one, and one while it is written
+    return RunFolder.open(path, config, resume=resume, space=needed)

@@ -1,0 +1,280 @@
+"""The PyTorch learner: one training loop, with or without a federation around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.data import Dataset
+from shoal.description import dataclass_fields, describe
+from shoal.devices import Devices
+from shoal.errors import ConfigurationError, DataError
+from shoal.learners.batches import batch_indices
+from shoal.learners.torch_devices import repeatable_kernels, resolve
+from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
+from shoal.types import Broadcast, ModelState, Params, Update
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+"""``metric(output, target)`` returns the mean over a batch as a scalar tensor."""
+
+IGNORED_LABEL = -100
+"""The target that torch's cross entropy leaves out."""
+
+
+def accuracy(output: Tensor, target: Tensor) -> Tensor:
+    """Returns the share of examples whose largest score is at the target.
+
+    Args:
+        output: Scores, shape [n, classes, …].
+        target: Class indices, shape [n, …].
+    """
+    return (output.argmax(dim=1) == target).double().mean()
+
+
+def scale_pixels(images: Tensor) -> Tensor:
+    """Returns 8-bit pixels (0 to 255) as float32 in 0 to 1; a ``transform`` for :class:`TorchLearner`."""
+    return images.float() / 255
+
+
+@dataclass(frozen=True, eq=False)
+class TorchLearner:
+    """Trains and evaluates a torch module.
+
+    Example::
+
+        TorchLearner(Net, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1), batch_size=10, epochs=1)
+
+    Every call to :meth:`fit` starts from the broadcast's parameters with a new optimizer. The module must not keep
+    anything outside its parameters and buffers from one batch to the next.
+
+    Raises:
+        ConfigurationError: A value is out of its range, or the model cannot be trained.
+    """
+
+    model: ModuleSource
+    """A function or class that makes the module, or a module whose parameters to start from. The function is called
+    with torch seeded by the run's seed."""
+    _: KW_ONLY
+    loss: Callable[[Any, Any], Tensor]
+    """``loss(output, target)``: the mean over the batch, a scalar."""
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    """Makes any ``torch.optim`` optimizer from the trainable parameters."""
+    batch_size: int | None = 32
+    """Examples in a batch; None for all of a client's at once."""
+    epochs: int = 1
+    """Passes over the client's data in one call to :meth:`fit`."""
+    steps: int | None = None
+    """Number of batches in one call to :meth:`fit`, in place of ``epochs``."""
+    clip_norm: float | None = None
+    """Largest Euclidean norm of the gradient, all parameters and the local objective together; None for no limit."""
+    metrics: Mapping[str, Metric] | None = None
+    """What to measure beside the loss; None: the accuracy where targets are class indices."""
+    train_metrics: bool = False
+    """Whether to measure ``metrics`` on the training batches too, and not only the loss."""
+    transform: Callable[[Tensor], Tensor] | None = None
+    """Applied to each batch of inputs on the device, such as :func:`scale_pixels`."""
+    eval_batch_size: int = 512
+    """Examples in a batch of :meth:`evaluate`; it changes speed and memory, not the means."""
+    devices: Devices = field(default_factory=Devices)
+    """Where the model lives."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs", "steps", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} must be at least 1, not {value}")
+        if self.steps is not None and self.epochs != 1:
+            raise ConfigurationError(f"both steps={self.steps} and epochs={self.epochs} are set; leave one out")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigurationError(f"clip_norm must be > 0, not {self.clip_norm}; None means no limit")
+
+    def init(self, seed: int) -> ModelState:
+        """Returns the model before training, its arrays on the learner's device."""
+        resident = ResidentModel(self.model, self.device, seed)
+        self.__dict__["_resident"] = resident  # the slot of the cached property
+        return resident.state()
+
+    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
+        """Trains the broadcast's model on ``data`` and returns what changed.
+
+        The metric ``loss`` of the update is the task loss, averaged over all examples seen while training.
+
+        Args:
+            broadcast: The model to start from and the local objective.
+            data: The client's examples, at least one.
+            rng: Seeds torch (dropout and the like) and then draws the order of the batches.
+
+        Raises:
+            DataError: There is no example.
+        """
+        if len(data) == 0:
+            raise DataError("there is no example to train on")
+        resident = self._resident
+        resident.load(broadcast.model)
+        resident.module.train()
+        with seeded(self.device, int(rng.integers(2**63))), repeatable_kernels(self.device):
+            means = self._train(resident, broadcast, data, rng)
+        delta, buffers = resident.delta(broadcast.model)
+        return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
+
+    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
+        """Returns the loss and the metrics, as means over ``data``, with the module in evaluation mode."""
+        if len(data) == 0:
+            raise DataError("there is no example to evaluate on")
+        resident = self._resident
+        resident.load(model)
+        resident.module.eval()
+        tally = _Tally()
+        with torch.inference_mode(), repeatable_kernels(self.device):
+            for start in range(0, len(data), self.eval_batch_size):
+                inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
+                output = resident.module(inputs)
+                tally.add({"loss": self.loss(output, targets), **self._measure(output, targets)}, len(inputs))
+        return tally.means()
+
+    def check(self, data: Dataset) -> None:
+        """Tries two examples and the labels' range, so that a misfit shows before anything is written.
+
+        Raises:
+            DataError: The model or the loss does not take the data, or a label has no output.
+        """
+        resident = self._resident
+        resident.module.eval()
+        try:
+            with torch.inference_mode():
+                inputs, targets = self._batch(data, np.arange(min(2, len(data))))
+                output = resident.module(inputs)
+                if _are_class_indices(output, targets):
+                    _check_labels(np.asarray(data.targets()), outputs=output.shape[1])
+                loss = self.loss(output, targets)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, DataError):
+                raise
+            first = str(error).strip().splitlines()[0]
+            raise DataError(f"the model and the loss do not take the data: {type(error).__name__}: {first}") from error
+        if loss.numel() != 1:
+            raise DataError(
+                f"the loss must be one number for a batch, but has shape {tuple(loss.shape)}; take its mean"
+            )
+
+    def state_dict(self, model: ModelState) -> Params:
+        """Returns the arrays as ``Module.load_state_dict`` takes them, tied weights under each of their names."""
+        return self._resident.state_dict(model)
+
+    def on(self, devices: Devices) -> Self:
+        """Returns the same learner on other devices."""
+        return dataclasses.replace(self, devices=devices)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
+        fields = dataclass_fields(dataclasses.replace(self, model=nn.Identity))
+        left_out = ("devices", "eval_batch_size")
+        kept = {name: value for name, value in fields.items() if name not in left_out}
+        return {"name": type(self).__name__, **kept, "model": describe(self.model)}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The torch device that ``devices`` means on this machine."""
+        return resolve(self.devices)
+
+    @cached_property
+    def _resident(self) -> ResidentModel:
+        return ResidentModel(self.model, self.device, seed=0)
+
+    def _train(
+        self, resident: ResidentModel, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
+    ) -> dict[str, float]:
+        step = _LocalStep(self, resident, broadcast)
+        tally = _Tally()
+        order = batch_indices(len(data), batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, rng=rng)
+        for indices in order:
+            inputs, targets = self._batch(data, indices)
+            loss, output = step.take(inputs, targets)
+            measured = self._measure(output, targets) if self.train_metrics else {}
+            tally.add({"loss": loss, **measured}, len(indices))
+        return tally.means()
+
+    def _batch(self, data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        inputs, targets = (torch.as_tensor(array).to(self.device) for array in data.take(indices))
+        return (self.transform(inputs) if self.transform else inputs), targets
+
+    @torch.no_grad()
+    def _measure(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
+        metrics = self.metrics
+        if metrics is None:
+            metrics = {"accuracy": accuracy} if _are_class_indices(output, targets) else {}
+        return {name: metric(output, targets) for name, metric in metrics.items()}
+
+
+class _LocalStep:
+    """A step of local training, as the closure that torch's optimizers take: some call it several times (LBFGS)."""
+
+    def __init__(self, learner: TorchLearner, resident: ResidentModel, broadcast: Broadcast) -> None:
+        self._learner = learner
+        self._resident = resident
+        self._gradient = ObjectiveGradient(broadcast.objective, resident)
+        self._optimizer = learner.optimizer(list(resident.params.values()))
+        self._inputs: Any = None
+        self._targets: Any = None
+        self._outputs: list[Any] = []
+
+    def take(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """Makes one step on a batch; returns the loss and the output from before it."""
+        self._inputs, self._targets, self._outputs = inputs, targets, []
+        loss = self._optimizer.step(self)  # type: ignore[arg-type]  # the stub's closure returns a float
+        return cast("Tensor", loss), self._outputs[0]
+
+    def __call__(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        output = self._resident.module(self._inputs)
+        loss = self._learner.loss(output, self._targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._gradient.add()
+        if self._learner.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._resident.params.values(), self._learner.clip_norm)
+        self._outputs.append(output)
+        return loss.detach()
+
+
+class _Tally:
+    """Means over examples, summed on the device and read from it once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._examples = 0
+
+    def add(self, means: Mapping[str, Tensor], examples: int) -> None:
+        for name, mean in means.items():
+            share = mean.detach().double() * examples
+            self._sums[name] = self._sums[name] + share if name in self._sums else share
+        self._examples += examples
+
+    def means(self) -> dict[str, float]:
+        values = torch.stack(list(self._sums.values())).tolist()
+        return {name: value / self._examples for name, value in zip(self._sums, values, strict=True)}
+
+
+def _are_class_indices(output: Any, targets: Tensor) -> bool:
+    return (
+        isinstance(output, Tensor)
+        and output.is_floating_point()
+        and output.ndim == targets.ndim + 1
+        and targets.dtype in (torch.int64, torch.int32, torch.uint8)
+    )
+
+
+def _check_labels(labels: np.ndarray, outputs: int) -> None:
+    wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= outputs)
+    if wrong.any():
+        sample = int(np.flatnonzero(wrong.reshape(len(labels), -1).any(axis=1))[0])
+        raise DataError(
+            f"sample {sample} has a label outside 0 to {outputs - 1}, the model's {outputs} outputs; "
+            "give the model more outputs or mend the label"
+        )

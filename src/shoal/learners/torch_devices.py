@@ -1,0 +1,46 @@
+"""The devices of a torch learner."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from shoal.devices import Devices
+from shoal.errors import ConfigurationError
+
+
+def resolve(devices: Devices) -> torch.device:
+    """Returns the one device that ``devices`` means here.
+
+    Raises:
+        ConfigurationError: CUDA, or a CUDA device of that id, was asked for and is not there.
+    """
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices.accelerator == "cpu" or (devices.accelerator == "auto" and devices.id is None and not present):
+        return torch.device("cpu")
+    if not present:
+        raise ConfigurationError(
+            f"a CUDA device was asked for, but torch {torch.__version__} sees none; "
+            "use accelerator='cpu', or install a CUDA build of torch and check `shoal doctor`"
+        )
+    index = torch.cuda.current_device() if devices.id is None else devices.id
+    if index >= present:
+        raise ConfigurationError(f"CUDA device {index} was asked for, but there are {present}: use 0 to {present - 1}")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def repeatable_kernels(device: torch.device) -> Iterator[None]:
+    """Lets cuDNN choose only kernels that give the same bits twice; the user's settings come back at the end."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before

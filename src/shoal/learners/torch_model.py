@@ -1,0 +1,140 @@
+"""One torch module that stays on its device while the states of many clients pass through it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from shoal import trees
+from shoal.errors import ConfigurationError
+from shoal.types import Array, LocalObjective, ModelState, Params
+
+ModuleSource = nn.Module | Callable[[], nn.Module]
+"""A module to copy, or a function (or class) that makes one."""
+
+
+class ResidentModel:
+    """A module on a device, and the names by which its arrays travel.
+
+    Args:
+        source: The user's module, copied and left as it is, or the function that makes it.
+        device: Where it lives.
+        seed: Seeds torch while the function makes the module, on the CPU whatever the device, so that the first
+            parameters are the same everywhere.
+
+    Raises:
+        ConfigurationError: The module has nothing to train, or parameters that cannot be averaged.
+    """
+
+    def __init__(self, source: ModuleSource, device: torch.device, seed: int) -> None:
+        with seeded(torch.device("cpu"), seed):
+            module = deepcopy(source) if isinstance(source, nn.Module) else source()
+        if not isinstance(module, nn.Module):
+            raise ConfigurationError(f"the model must be a torch.nn.Module or make one, not {type(module).__name__}")
+        _check_parameters(module)
+        self.module = module.to(device)
+        self.device = device
+        persistent = self.module.state_dict(keep_vars=True)
+        parameters = dict(self.module.named_parameters())
+        buffers = dict(self.module.named_buffers())
+        self.params = {name: p for name, p in parameters.items() if p.requires_grad}
+        self.buffers = {name: b for name, b in buffers.items() if b.is_floating_point() and name in persistent}
+        kept = {**parameters, **{name: b for name, b in buffers.items() if name in persistent}}
+        self.constants = {name: t for name, t in kept.items() if name not in self.params and name not in self.buffers}
+        # Buffers outside the state dict still may change in training; no client may find another's.
+        self._transient = [(b, b.clone()) for name, b in buffers.items() if name not in persistent]
+        by_identity = {id(tensor): name for name, tensor in kept.items()}
+        self._canonical = {name: by_identity[id(t)] for name, t in persistent.items() if id(t) in by_identity}
+
+    def state(self) -> ModelState:
+        """Returns copies of the module's arrays."""
+        return ModelState(
+            params=trees.copy(self.params), buffers=trees.copy(self.buffers), constants=trees.copy(self.constants)
+        )
+
+    @torch.no_grad()
+    def load(self, model: ModelState) -> None:
+        """Copies a model's arrays into the module."""
+        for own, given in (
+            (self.params, model.params),
+            (self.buffers, model.buffers),
+            (self.constants, model.constants),
+        ):
+            for name, tensor in own.items():
+                tensor.copy_(torch.as_tensor(given[name]))
+        for tensor, first in self._transient:
+            tensor.copy_(first)
+
+    def delta(self, before: ModelState) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Returns what training changed in the parameters and in the buffers, in float64."""
+        return self._difference(self.params, before.params), self._difference(self.buffers, before.buffers)
+
+    def state_dict(self, model: ModelState) -> dict[str, Array]:
+        """Returns ``model`` by the names of the module's state dict, tied weights under each of theirs."""
+        arrays = model.merged()
+        return {name: arrays[canonical] for name, canonical in self._canonical.items()}
+
+    def on_device(self, tree: Params) -> dict[str, Tensor]:
+        """Returns the tree as tensors on the module's device, copied only where it is elsewhere."""
+        return {name: torch.as_tensor(array, device=self.device) for name, array in tree.items()}
+
+    def _difference(self, own: dict[str, Tensor], before: Params) -> dict[str, Array]:
+        after = {name: tensor.detach() for name, tensor in own.items()}
+        return trees.difference(after, self.on_device({name: before[name] for name in after}))
+
+
+class ObjectiveGradient:
+    """The gradient of the local objective's terms beside the task loss: ``correction + proximal · (w − w_global)``.
+
+    Args:
+        objective: The terms.
+        resident: The module, holding the broadcast's parameters w_global at this moment.
+    """
+
+    def __init__(self, objective: LocalObjective, resident: ResidentModel) -> None:
+        self._params = resident.params
+        self._proximal = objective.proximal
+        self._anchor = {name: p.detach().clone() for name, p in resident.params.items()} if objective.proximal else {}
+        self._correction = resident.on_device(objective.correction or {})
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Adds the gradient to what ``backward`` left in the parameters' ``grad``."""
+        if not (self._anchor or self._correction):
+            return
+        for name, parameter in self._params.items():
+            if parameter.grad is None:  # not reached by the task loss, yet part of the objective
+                parameter.grad = torch.zeros_like(parameter)
+            if name in self._correction:
+                parameter.grad.add_(self._correction[name])
+            if name in self._anchor:
+                parameter.grad.add_(parameter - self._anchor[name], alpha=self._proximal)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Seeds torch's generators on the CPU and on ``device``, and restores their states at the end."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _check_parameters(module: nn.Module) -> None:
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        if nn.parameter.is_lazy(parameter):
+            raise ConfigurationError(
+                f"parameter {name} of {type(module).__name__} has no shape yet; run the module once where you make it"
+            )
+        if parameter.is_complex():
+            raise ConfigurationError(f"parameter {name} of {type(module).__name__} is complex; use two real ones")
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ConfigurationError(f"{type(module).__name__} has no parameter with requires_grad=True: nothing to train")
