@@ -1,4 +1,4 @@
-"""What a run's configuration file says of Python objects: plain JSON that is equal when the objects would do the same."""
+"""Python objects as plain JSON, equal where the objects would do the same; for the configuration of a run."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ def describe(value: object) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Path):
-        return str(value)
+    if isinstance(value, np.generic | Path):
+        return value.item() if isinstance(value, np.generic) else str(value)
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
     if isinstance(value, Set):
@@ -38,7 +36,7 @@ def describe(value: object) -> Any:
 def qualified_name(value: object) -> str:
     """Returns ``module.qualname`` of a class or function, or of an object's class."""
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"  # type: ignore[attr-defined]
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def dataclass_fields(value: Any) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 

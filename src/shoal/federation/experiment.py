@@ -93,9 +93,9 @@ class Experiment:
             "keep_checkpoints",
         ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be a whole number ≥ 1, not {value!r}")
-        if not isinstance(self.max_failures, int) or self.max_failures < 0:
+        if self.max_failures < 0:
             raise ConfigurationError(f"max_failures must be a whole number ≥ 0, not {self.max_failures!r}")
         if not 0 <= self.client_validation < 1:
             raise ConfigurationError(f"client_validation must be a share in [0, 1), not {self.client_validation}")

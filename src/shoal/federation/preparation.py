@@ -86,10 +86,15 @@ def prepare(experiment: Experiment) -> Plan:
     )
 
 
-def partition_picture(population: Population) -> dict[str, Any]:
-    """Returns how the labels lie over the clients, as JSON for the report: at most 200 clients, evenly picked."""
+def partition_picture(population: Population) -> dict[str, Any] | None:
+    """Returns how the labels lie over the clients, as JSON for the report: at most 200 clients, evenly picked.
+
+    None where the targets are no classes.
+    """
     shown = np.unique(np.linspace(0, len(population) - 1, PICTURED_CLIENTS).astype(int)).tolist()
     counts = population.label_counts(shown)
+    if counts is None:
+        return None
     sizes = population.sizes
     return {
         "clients": shown,
@@ -97,7 +102,7 @@ def partition_picture(population: Population) -> dict[str, Any]:
         "counts": counts.tolist(),
         "sizes": {"min": int(sizes.min()), "median": float(np.median(sizes)), "max": int(sizes.max())},
         "total_clients": len(population),
-        "description": str(population),
+        "description": population.title,
     }
 
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from shoal import trees
 from shoal.algorithms import ServerState
-from shoal.errors import MissingExtraError
+from shoal.errors import CheckpointError, MissingExtraError
 from shoal.federation.selection import Best
 from shoal.runs import (
+    Checkpoint,
     Checkpoints,
     MetricsLog,
     RunFolder,
@@ -90,13 +91,21 @@ class RunStorage:
         self._metrics.truncate(loaded.round)
         self._saved_round = loaded.round
         best = Best(**loaded.meta["best"]) if loaded.meta["best"] else None
-        best_model = None
-        if best is not None:
-            tensors = loaded.tensors if best.round == loaded.round else self._checkpoints.load(best.round).tensors
-            best_model = _unpacked(tensors, start).model
+        best_model = self._best_model(best, loaded, start) if best else None
+        if best_model is None:
+            best = None
         state = dataclasses.replace(_unpacked(loaded.tensors, start), round=loaded.round)
         run = RunState(state=state, elapsed=loaded.meta["elapsed"], best=best, best_model=best_model)
         return run, read_metrics(self.folder.metrics)
+
+    def _best_model(self, best: Best, loaded: Checkpoint, start: ServerState) -> ModelState | None:
+        if best.round == loaded.round:
+            return _unpacked(loaded.tensors, start).model
+        try:
+            return _unpacked(self._checkpoints.load(best.round).tensors, start).model
+        except CheckpointError as error:
+            self.notices.append(f"{error}; it was the best, which is chosen anew from round {loaded.round + 1} on")
+            return None
 
     def open_tensorboard(self, wanted: bool | None, first_round: int) -> None:
         """Starts TensorBoard events; events of rounds that are run again replace the old ones.
@@ -107,7 +116,7 @@ class RunStorage:
         if self.folder is None or wanted is False:
             return
         try:
-            self._tensorboard = TensorBoardTracker(self.folder.tensorboard, purge_from=first_round)
+            self._tensorboard = TensorBoardTracker(self.folder.tensorboard, first_round=first_round)
         except MissingExtraError as error:
             if wanted:
                 raise
@@ -129,13 +138,12 @@ class RunStorage:
             return
         best = run.best
         meta = {"elapsed": run.elapsed, "best": dataclasses.asdict(best) if best else None}
-        is_best = best is not None and best.round == state.round
-        self._checkpoints.save(state.round, _packed(state), meta, best=is_best)
+        self._checkpoints.save(state.round, _packed(state), meta, best=best.round if best else None)
         self._saved_round = state.round
 
-    def save_partition(self, picture: Mapping[str, Any]) -> None:
+    def save_partition(self, picture: Mapping[str, Any] | None) -> None:
         """Writes how the labels lie over the clients, for the report."""
-        if self.folder is not None:
+        if self.folder is not None and picture is not None:
             write_json(self.folder.partition, picture)
 
     def deliver(self, params: Params, best: Best | None, rounds: int) -> None:

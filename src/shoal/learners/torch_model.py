@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 
@@ -82,7 +82,7 @@ class ResidentModel:
         """Returns the tree as tensors on the module's device, copied only where it is elsewhere."""
         return {name: torch.as_tensor(array, device=self.device) for name, array in tree.items()}
 
-    def _difference(self, own: dict[str, Tensor], before: Params) -> dict[str, Array]:
+    def _difference(self, own: Mapping[str, Tensor], before: Params) -> dict[str, Array]:
         after = {name: tensor.detach() for name, tensor in own.items()}
         return trees.difference(after, self.on_device({name: before[name] for name in after}))
 

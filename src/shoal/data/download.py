@@ -1,0 +1,79 @@
+"""Fetching a file of a known data set: whole, checked, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import shutil
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from shoal.errors import DataError
+
+TIMEOUT = 30.0
+"""Seconds without a byte after which a transfer is given up; what has arrived is kept for the next try."""
+
+
+def data_home(name: str) -> Path:
+    """Returns where a data set's files are kept: ``$SHOAL_DATA_DIR`` or ``~/.cache/shoal``, and its name."""
+    return Path(os.environ.get("SHOAL_DATA_DIR", "~/.cache/shoal")).expanduser() / name
+
+
+def fetch(url: str, target: Path, *, md5: str, timeout: float = TIMEOUT) -> Path:
+    """Returns ``target`` after downloading it, unless it is there already.
+
+    An interrupted transfer leaves ``target.part``, which the next call continues. Only a file with the right checksum
+    gets the name ``target``.
+
+    Args:
+        url: Where the file is.
+        target: Where to put it.
+        md5: The checksum that the data's authors publish, hexadecimal. It guards against damage, not against malice.
+        timeout: Seconds without a byte after which to give up.
+
+    Raises:
+        DataError: The file cannot be had, or is not the one that was published.
+    """
+    if target.exists():
+        return target
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _download(url, part, timeout)
+        found = file_md5(part)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", None) or error
+        raise DataError(f"{target.name} cannot be downloaded ({reason}); put it into {target.parent}") from error
+    if found != md5:
+        part.unlink()
+        raise DataError(
+            f"{url} gave a file with MD5 {found}, not {md5}; it was removed: get it elsewhere, or try again"
+        )
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.rename(target)
+    return target
+
+
+def file_md5(path: Path) -> str:
+    """Returns a file's MD5, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _download(url: str, part: Path, timeout: float) -> None:
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - fixed URLs
+    try:
+        response = urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
+    except urllib.error.HTTPError as error:
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # all of it was there already; the checksum will tell
+        raise
+    with response, part.open("ab" if response.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as stream:
+        shutil.copyfileobj(response, stream)
+        expected = response.headers.get("Content-Length")
+        if expected is not None and response.length:  # the connection ended early
+            raise http.client.IncompleteRead(b"", response.length)
