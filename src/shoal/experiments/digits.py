@@ -31,7 +31,7 @@ class DigitsNet(nn.Sequential):
 
 
 def experiment(
-    *, clients: int = 100, alpha: float = 0.3, lr: float = 0.1, epochs: int = 5, batch_size: int = 10, seed: int = 0
+    *, clients: int = 100, alpha: float = 0.3, lr: float = 0.05, epochs: int = 5, batch_size: int = 10, seed: int = 0
 ) -> Experiment:
     """Returns the demonstration: a small CNN on digits, the labels skewed over the clients by Dirichlet(alpha).
 
@@ -49,7 +49,7 @@ def experiment(
         learner=TorchLearner(
             DigitsNet,
             loss=F.cross_entropy,
-            optimizer=partial(torch.optim.SGD, lr=lr),
+            optimizer=partial(torch.optim.SGD, lr=lr, momentum=0.9),
             batch_size=batch_size,
             epochs=epochs,
             train_metrics=True,

@@ -63,11 +63,9 @@ class Progress(Callback):
     def on_run_end(self, result: FederationResult) -> None:
         """Shows the final table."""
         self._bars.stop()
-        self._console.print(_final_table(result))
+        self._console.print(_final_table(result), highlight=False, soft_wrap=True)
         for notice in result.notices:
             self._print(notice, style="dim")
-        if result.run_dir is not None and (report := result.run_dir / "report.html").exists():
-            self._print(f"report: {report}")
 
     def close(self) -> None:
         """Gives the terminal back."""
@@ -84,20 +82,21 @@ def _shown(record: Record) -> list[str]:
 
 
 def _final_table(result: FederationResult) -> Table:
-    table = Table("rounds", "time", "clients/s", show_edge=False, pad_edge=False, title_justify="left")
     history = result.history
-    rounds = str(len(history))
     seconds = sum(record["seconds"] for record in history)
     clients = sum(record["clients"] for record in history)
-    row = [rounds, f"{seconds:.1f} s", f"{clients / seconds:.0f}" if seconds else "–"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("rounds", f"{len(history)}, {result.stopped}")
+    table.add_row(
+        "training", f"{seconds:.1f} s, {clients} clients" + (f", {clients / seconds:.0f}/s" if seconds else "")
+    )
     last = history[-1] if history else {}
     for name in _shown(last):
-        table.add_column(name)
-        row.append(f"{last[name]:.4f}")
+        table.add_row(name, f"{last[name]:.4f}")
     if result.best is not None:
-        table.add_column(f"best {result.best.metric}")
-        row.append(f"{result.best.value:.4f} (round {result.best.round})")
-    table.add_column("stopped")
-    row.append(result.stopped)
-    table.add_row(*row)
+        table.add_row(f"best {result.best.metric}", f"{result.best.value:.4f} after round {result.best.round}")
+    if result.run_dir is not None:
+        table.add_row("model", str(result.run_dir / "model.safetensors"))
+        if (report := result.run_dir / "report.html").exists():
+            table.add_row("report", str(report))
     return table
