@@ -52,7 +52,11 @@ def assert_equal(tree: Any, other: Any, *, atol: float = 0.0) -> None:
     assert tree.keys() == other.keys()
     for name in tree:
         torch.testing.assert_close(
-            torch.as_tensor(tree[name]), torch.as_tensor(other[name]), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+            torch.as_tensor(tree[name]),
+            torch.as_tensor(other[name]),
+            rtol=0,
+            atol=atol,
+            msg=lambda m, n=name: f"{n}: {m}",
         )
 
 

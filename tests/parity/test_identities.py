@@ -45,9 +45,7 @@ def test_fedprox_without_its_term_is_fedavg_exactly(model):
     assert differ(run(shoal.FedProx(mu=1.0)), run(shoal.FedAvg()))
 
 
-@pytest.mark.parametrize(
-    "optimizer", [partial(torch.optim.SGD, lr=0.3), partial(torch.optim.AdamW, lr=0.05)]
-)
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, lr=0.3), partial(torch.optim.AdamW, lr=0.05)])
 @pytest.mark.parametrize("model", [Mlp, BatchNormNet])
 def test_one_client_is_plain_training_exactly(model, optimizer):
     """Ten rounds of one epoch are ten epochs of the plain loop whose optimizer starts anew with each."""
