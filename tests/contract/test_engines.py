@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support import BatchNormNet, Failing, Mlp, assert_equal, learner, population
 
 import shoal
 from shoal.engines import ENGINES, ClientTask, SequentialEngine, choose_engine
 from shoal.errors import ConfigurationError
 from shoal.randomness import generator
 from shoal.types import Broadcast, LocalObjective
+from support import BatchNormNet, Failing, Mlp, assert_equal, learner, population
 
 pytestmark = pytest.mark.parametrize("engine", ENGINES)
 

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support import BatchNormNet, Mlp, assert_equal, differ, learner, population, samples
 from torch.nn import functional as F
 
 import shoal
@@ -15,6 +14,7 @@ from shoal.data import Population
 from shoal.federation.cohorts import sample_cohort
 from shoal.learners.batches import batch_indices
 from shoal.randomness import generator
+from support import BatchNormNet, Mlp, assert_equal, differ, learner, population, samples
 
 
 def seeded(model, seed):

@@ -64,10 +64,10 @@ class _BatchUnpickler(pickle.Unpickler):
         return admitted[module, name]
 
 
-def _reconstruct(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
+def _reconstruct(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
     if kind is not np.ndarray:
         raise pickle.UnpicklingError(f"{kind} is no array")
-    return np.ndarray.__new__(np.ndarray, shape, dtype=np.dtype(typecode))
+    return np.empty(shape, dtype=np.dtype(typecode))
 
 
 def _encode(text: str, encoding: str) -> bytes:

@@ -16,7 +16,7 @@ LARGEST_CLIENT = 10_000
 def synthetic(
     alpha: float, beta: float, *, clients: int = 30, dimension: int = 60, classes: int = 10, seed: int = 0
 ) -> tuple[Population, ArrayDataset]:
-    """Draws FedProx's synthetic(α, β) data.
+    """Draws the data of FedProx's experiments, in which heterogeneity has two knobs.
 
     Li et al., *Federated Optimization in Heterogeneous Networks*, 2020, appendix C.1.
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import assert_equal
 
 from shoal import trees
 from shoal.algorithms import ALGORITHMS, FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, WeightedSum
 from shoal.errors import ConfigurationError
 from shoal.types import ModelState, Update
+from support import assert_equal
 
 START = {"w": np.array([1.0, -2.0, 0.5]), "b": np.array(0.25)}
 

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support import CLASSES, FEATURES, BatchNormNet, Mlp, assert_equal, differ, learner, samples
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_indices
 from shoal.learners.torch import accuracy, scale_pixels
 from shoal.types import Broadcast, LocalObjective, ModelState
+from support import CLASSES, FEATURES, BatchNormNet, Mlp, assert_equal, differ, learner, samples
 
 
 def fit(learner, data, *, seed=1, objective=None, model=None):
