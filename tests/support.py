@@ -71,16 +71,16 @@ def timeless(path: Path) -> list[str]:
     return [json.dumps({key: value for key, value in record.items() if key not in TIME_KEYS}) for record in records]
 
 
-def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, threads: int = 1) -> None:
+def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, seed: int = 3) -> None:
     """Runs a small federation with everything that a checkpoint must hold: momentum, buffers, validation, a best."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     shoal.federate(
         learner(BatchNormNet, optimizer=partial(torch.optim.SGD, lr=0.05, momentum=0.9)),
         population((7, 12, 5, 9, 20, 8, 6, 11)),
         rounds=rounds,
         cohort=4,
         algorithm=shoal.FedAdam(server_lr=0.05),
-        seed=3,
+        seed=seed,
         evaluate=samples(60, seed=9),
         evaluate_every=2,
         client_validation=0.3,

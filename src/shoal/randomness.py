@@ -9,7 +9,7 @@ import numpy as np
 from shoal.errors import ConfigurationError
 
 
-def generator(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np.random.Generator:  # noqa: A002
+def generator(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np.random.Generator:
     """Returns the generator for one use of randomness, independent of every other use.
 
     What it yields depends on the arguments alone: not on the engine, the order of clients, the number of workers, or
@@ -24,7 +24,16 @@ def generator(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np
     Raises:
         ConfigurationError: The seed is negative or no whole number.
     """
-    if type(seed) is not int or seed < 0:
-        raise ConfigurationError(f"the seed must be a whole number ≥ 0, not {seed!r}")
+    check_seed(seed)
     key = (zlib.crc32(purpose.encode()), round, client)
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed, spawn_key=key)))
+
+
+def check_seed(seed: int) -> None:
+    """Makes sure that a seed is one.
+
+    Raises:
+        ConfigurationError: It is negative or no whole number.
+    """
+    if type(seed) is not int or seed < 0:
+        raise ConfigurationError(f"the seed must be a whole number ≥ 0, not {seed!r}")

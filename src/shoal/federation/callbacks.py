@@ -40,7 +40,7 @@ class Callback:
     def on_run_start(self, run: RunInfo) -> None:
         """Called once, before the first round."""
 
-    def on_client_end(self, round: int, client: int, error: Exception | None) -> None:  # noqa: A002
+    def on_client_end(self, round: int, client: int, error: Exception | None) -> None:
         """Called when a client's update has been added to the sum, or the client has failed."""
 
     def on_round_end(self, record: Record) -> str | None:

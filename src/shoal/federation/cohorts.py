@@ -12,7 +12,7 @@ from shoal.errors import ConfigurationError
 from shoal.randomness import generator
 
 
-def sample_cohort(population: int, size: int, *, seed: int, round: int) -> list[int]:  # noqa: A002
+def sample_cohort(population: int, size: int, *, seed: int, round: int) -> list[int]:
     """Returns the clients of a round, drawn uniformly without replacement, in ascending order.
 
     They depend on the arguments alone, never on the rounds before.
@@ -43,7 +43,7 @@ class ClientShards:
         self._validation = validation
         self._seed = seed
 
-    def tasks(self, cohort: list[int], *, round: int) -> Iterator[ClientTask]:  # noqa: A002
+    def tasks(self, cohort: list[int], *, round: int) -> Iterator[ClientTask]:
         """Yields the tasks of a round, made one by one."""
         for client in cohort:
             rng = generator(self._seed, "fit", round=round, client=client)

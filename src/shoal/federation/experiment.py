@@ -13,6 +13,7 @@ from shoal.description import describe
 from shoal.engines import Engine
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
+from shoal.randomness import check_seed
 
 
 class Settings(TypedDict, total=False):
@@ -103,12 +104,13 @@ class Experiment:
             raise ConfigurationError(f"max_seconds must be > 0, not {self.max_seconds}")
         if self.target is not None and not math.isfinite(self.target):
             raise ConfigurationError(f"target must be a number, not {self.target}")
+        check_seed(self.seed)
         self._check_kinds()
 
     def _check_kinds(self) -> None:
-        if not isinstance(self.learner, Learner):
+        if isinstance(self.learner, type) or not isinstance(self.learner, Learner):
             raise ConfigurationError(f"learner must be a learner such as shoal.TorchLearner, not {self.learner!r}")
-        if not isinstance(self.algorithm, Algorithm):
+        if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ConfigurationError(f"algorithm must be one such as shoal.FedAvg(), not {self.algorithm!r}")
         measured = self.evaluate is not None or self.client_validation > 0
         asked = [name for name in ("metric", "target", "patience") if getattr(self, name) is not None]

@@ -13,8 +13,8 @@ from shoal import trees
 from shoal.algorithms import ServerState
 from shoal.data import Dataset, Population, Subset, as_dataset
 from shoal.engines import Engine, choose_engine
-from shoal.errors import ConfigurationError, unknown_name
-from shoal.federation.cohorts import ClientShards
+from shoal.errors import unknown_name
+from shoal.federation.cohorts import ClientShards, sample_cohort
 from shoal.federation.evaluation import Evaluator
 from shoal.federation.experiment import Experiment
 from shoal.types import ModelState
@@ -54,14 +54,10 @@ def prepare(experiment: Experiment) -> Plan:
             model does not take the data.
     """
     population = _population(experiment.clients)
-    cohort = len(population) if experiment.cohort is None else experiment.cohort
-    if cohort > len(population):
-        raise ConfigurationError(
-            f"a cohort of {cohort} clients was asked for, but the population has {len(population)}: "
-            f"use at most {len(population)}"
-        )
     engine, choice = choose_engine(experiment.engine)
     population.check()
+    cohort = len(population) if experiment.cohort is None else experiment.cohort
+    sample_cohort(len(population), cohort, seed=experiment.seed, round=1)
     held_out = None if experiment.evaluate is None else as_dataset(experiment.evaluate)
     if held_out is not None:
         held_out.check()
@@ -72,7 +68,7 @@ def prepare(experiment: Experiment) -> Plan:
     shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
     panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
     evaluator = Evaluator(experiment.learner, held_out, shards, panel)
-    sample = held_out or population[0]
+    sample = population[0] if held_out is None else held_out
     _check_metric(experiment, model, sample, held_out=held_out is not None, panel=bool(panel))
     return Plan(
         experiment=experiment,

@@ -33,7 +33,7 @@ class Selection:
         self._experiment = experiment
         self.best = best
 
-    def update(self, round: int, measured: Mapping[str, float]) -> bool:  # noqa: A002
+    def update(self, round: int, measured: Mapping[str, float]) -> bool:
         """Takes the metrics of a round's model; tells whether it is the best so far. Of equals the first stays."""
         metric = self._metric(measured)
         value = measured[metric]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -150,8 +151,9 @@ class RunStorage:
         """Writes the model to use."""
         if self.folder is None:
             return
-        told = {"best_round": str(best.round), best.metric: repr(best.value)} if best else {"round": str(rounds)}
-        save_model(self.folder.model, params, {"format": trees.framework(params), "shoal": __version__, **told})
+        told = dataclasses.asdict(best) if best else {"round": rounds}
+        # One key, because the format keeps several in no order, and equal runs shall leave equal files.
+        save_model(self.folder.model, params, {"shoal": json.dumps({"version": __version__, **told})})
 
     def report(self) -> None:
         """Draws the report, or leaves a notice where the plotting library is missing."""
