@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -89,9 +89,9 @@ class ArrayDataset:
         """
         if len(self) == 0:
             raise DataError(f"{self.name}: there is no sample")
-        for what, array in (("input", self.inputs), ("target", self._targets)):
+        for what, array in (("an input", self.inputs), ("a target", self._targets)):
             if np.issubdtype(array.dtype, np.inexact):
-                self._refuse(array, lambda chunk: ~np.isfinite(chunk), f"has an {what} that is NaN or infinite")
+                self._refuse(array, lambda chunk: ~np.isfinite(chunk), f"has {what} that is NaN or infinite")
         self.check_labels()
 
     def check_labels(self) -> None:
@@ -239,7 +239,7 @@ def as_dataset(data: Any, *, name: str = "arrays") -> Dataset:
     tensors = getattr(data, "tensors", None)  # torch's TensorDataset
     if isinstance(tensors, tuple) and len(tensors) == 2:
         return ArrayDataset(*tensors, name=type(data).__name__)
-    if (isinstance(data, Sequence) and not isinstance(data, str | bytes)) or hasattr(data, "__getitem__"):
+    if hasattr(data, "__getitem__") and not isinstance(data, str | bytes | Mapping):
         return ItemDataset(data)
     raise ConfigurationError(
         f"{type(data).__name__} is no data set; pass a pair of arrays (inputs, targets), or a torch Dataset "
