@@ -1,12 +1,12 @@
 """Data of clients: data sets, partitions, and a catalogue of known ones."""
 
-from shoal.data.cifar10 import cifar10
+from shoal.data.catalogue.cifar10 import cifar10
+from shoal.data.catalogue.digits import digits
+from shoal.data.catalogue.fashion_mnist import fashion_mnist
+from shoal.data.catalogue.synthetic import synthetic
 from shoal.data.dataset import ArrayDataset, Dataset, ItemDataset, Subset, as_dataset, split
-from shoal.data.digits import digits
-from shoal.data.fashion_mnist import fashion_mnist
 from shoal.data.partition import IID, Dirichlet, Natural, Partitioner, QuantitySkew, Shards, partition
 from shoal.data.population import Population
-from shoal.data.synthetic import synthetic
 
 __all__ = [
     "IID",

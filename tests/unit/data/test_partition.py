@@ -118,11 +118,6 @@ def test_natural_ids_are_clients_by_name():
         (labelled(5), IID(clients=10), "5 samples cannot give 10 clients 1 each: use at most 5 clients"),
         (labelled(50), Dirichlet(clients=10, alpha=1, min_size=6), "cannot give 10 clients 6 each: use at most 8"),
         (labelled(10), Shards(clients=6, shards_per_client=2), "cut into 12 shards: use at most 5 clients"),
-        (
-            labelled(10),
-            Shards(clients=3, shards_per_client=1, min_size=4),
-            "client . has 3 samples, fewer than min_size",
-        ),
         (labelled(10), Natural(), "no natural ids"),
         (
             ArrayDataset(np.zeros(3), np.zeros(3, int), ids=["a", "a", "b"]),

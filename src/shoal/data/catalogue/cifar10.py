@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from shoal.data.catalogue.download import data_home, fetch
 from shoal.data.dataset import ArrayDataset
-from shoal.data.download import data_home, fetch
 from shoal.errors import DataError
 
 ARCHIVE = "cifar-10-python.tar.gz"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from shoal.data.catalogue.download import data_home, fetch
 from shoal.data.dataset import ArrayDataset
-from shoal.data.download import data_home, fetch
 from shoal.errors import DataError
 
 SOURCE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"

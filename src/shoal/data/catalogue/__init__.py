@@ -1,0 +1,1 @@
+"""Known data sets, one a file; reached as functions of :mod:`shoal.data`."""
