@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal import trees
 from shoal.algorithms import ServerState
-from shoal.errors import CheckpointError, MissingExtraError
+from shoal.errors import CheckpointError, MissingExtraError, StorageError
 from shoal.federation.selection import Best
 from shoal.runs import (
     Checkpoint,
@@ -156,12 +156,12 @@ class RunStorage:
         save_model(self.folder.model, params, {"shoal": json.dumps({"version": __version__, **told})})
 
     def report(self) -> None:
-        """Draws the report, or leaves a notice where the plotting library is missing."""
+        """Draws the report, or leaves a notice: a run whose model is delivered does not fail for want of a picture."""
         if self.folder is None:
             return
         try:
             write_report([self.folder.path])
-        except MissingExtraError as error:
+        except (MissingExtraError, StorageError) as error:
             self.notices.append(f"no report: {error}")
 
     @property

@@ -5,7 +5,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal import data
@@ -36,7 +36,6 @@ def partitioners(draw):
     return IID(clients=clients, min_size=min_size)
 
 
-@settings(deadline=None)
 @given(partitioners(), st.integers(50, 300), st.integers(0, 1000))
 def test_every_sample_goes_to_exactly_one_client_and_none_is_too_small(partitioner, count, seed):
     population = partition(labelled(count), partitioner, seed=seed)

@@ -1,0 +1,24 @@
+"""What a run leaves on disk: its folder, metrics, checkpoints, TensorBoard events and report."""
+
+from shoal.runs.checkpoints import Checkpoint, Checkpoints, save_model
+from shoal.runs.files import write_json
+from shoal.runs.folder import RunData, RunFolder, read_run
+from shoal.runs.metrics import TIME_KEYS, MetricsLog, read_metrics
+from shoal.runs.report import write_report
+from shoal.runs.trackers import TensorBoardTracker, Tracker
+
+__all__ = [
+    "TIME_KEYS",
+    "Checkpoint",
+    "Checkpoints",
+    "MetricsLog",
+    "RunData",
+    "RunFolder",
+    "TensorBoardTracker",
+    "Tracker",
+    "read_metrics",
+    "read_run",
+    "save_model",
+    "write_json",
+    "write_report",
+]

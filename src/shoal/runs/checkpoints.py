@@ -1,0 +1,234 @@
+"""Checkpoints: safetensors and JSON in a folder each, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal import trees
+from shoal.errors import CheckpointError
+from shoal.runs.files import storing, sync_file, sync_folder, write_json
+from shoal.types import Array, Params
+
+FORMAT = 1
+TENSORS = "state.safetensors"
+DESCRIPTION = "state.json"
+PREFIX = "round-"
+UNFINISHED = ".writing-"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A state as it was read back."""
+
+    round: int
+    """After which round it was written."""
+    tensors: dict[str, Array]
+    """Arrays of the kind that was saved, on the CPU."""
+    meta: dict[str, Any]
+    """The caller's own JSON."""
+    notices: list[str] = field(default_factory=list)
+    """One line for each newer checkpoint that could not be read."""
+
+
+class Checkpoints:
+    """The checkpoints of a run: the latest few, and the best.
+
+    Args:
+        folder: Where they are; it need not exist.
+        keep: How many of the latest to keep, ≥ 1.
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder = folder
+        self._keep = keep
+
+    def save(self, round: int, tensors: Params, meta: Mapping[str, Any], *, best: int | None) -> None:
+        """Writes a checkpoint and removes those that are no longer kept.
+
+        Args:
+            round: The last round that the state includes.
+            tensors: A flat tree of numpy arrays or torch tensors.
+            meta: Anything else that is JSON.
+            best: The round of the best checkpoint, which is kept beside the latest.
+
+        Raises:
+            StorageError: The disk is full or refuses; the checkpoints before are whole.
+        """
+        target = self._path(round)
+        temporary = self._folder / f"{UNFINISHED}{target.name}"
+        with storing(target):
+            self._folder.mkdir(exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            try:
+                save_tensors(temporary / TENSORS, tensors)
+                description = {
+                    "format": FORMAT,
+                    "round": round,
+                    "framework": trees.framework(tensors),
+                    "sha256": _sha256(temporary / TENSORS),
+                    "best": best,
+                    "meta": meta,
+                }
+                write_json(temporary / DESCRIPTION, description)
+                sync_folder(temporary)
+                temporary.rename(target)
+                sync_folder(self._folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        self._prune()
+
+    def load(self, round: int) -> Checkpoint:
+        """Reads one checkpoint.
+
+        Raises:
+            CheckpointError: It is missing or damaged.
+        """
+        path = self._path(round)
+        try:
+            description = json.loads((path / DESCRIPTION).read_text())
+            if description["format"] != FORMAT:
+                raise ValueError(f"format {description['format']} is not {FORMAT}")
+            if _sha256(path / TENSORS) != description["sha256"]:
+                raise ValueError(f"{TENSORS} is not the file that was written")
+            tensors = _load_tensors(path / TENSORS, description["framework"])
+            return Checkpoint(round=description["round"], tensors=tensors, meta=description["meta"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"checkpoint {path.name} is damaged ({error})") from error
+
+    def load_latest(self) -> Checkpoint | None:
+        """Reads the newest checkpoint that is whole; None where none was ever written.
+
+        Raises:
+            CheckpointError: There are checkpoints, and every one is damaged.
+        """
+        notices: list[str] = []
+        for round in sorted(self.rounds(), reverse=True):
+            try:
+                found = self.load(round)
+            except CheckpointError as error:
+                notices.append(str(error))
+                continue
+            told = [f"{notice}; going on from {self._path(found.round).name}" for notice in notices]
+            return Checkpoint(round=found.round, tensors=found.tensors, meta=found.meta, notices=told)
+        if notices:
+            raise CheckpointError(f"no checkpoint in {self._folder} can be read: {notices[0]}")
+        return None
+
+    def discard_after(self, round: int) -> None:
+        """Removes checkpoints of later rounds, damaged ones among them, and what a crash left unfinished."""
+        for later in [number for number in self.rounds() if number > round]:
+            self._remove(self._path(later))
+        for leftover in self._folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(leftover)
+
+    def rounds(self) -> list[int]:
+        """Returns the rounds that there are checkpoints of, ascending."""
+        names = [path.name.removeprefix(PREFIX) for path in self._folder.glob(f"{PREFIX}*")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _prune(self) -> None:
+        rounds = self.rounds()
+        kept = set(rounds[-self._keep :])
+        # Each of the latest may be the one to go on from, if newer ones turn out damaged; then its best is needed.
+        kept |= {best for latest in kept if (best := self._best_of(latest)) is not None}
+        for old in set(rounds) - kept:
+            self._remove(self._path(old))
+
+    def _best_of(self, round: int) -> int | None:
+        try:
+            best = json.loads((self._path(round) / DESCRIPTION).read_text())["best"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return best if isinstance(best, int) else None
+
+    def _remove(self, path: Path) -> None:
+        """Removes a checkpoint under another name first, so that a crash leaves no half of one."""
+        doomed = self._folder / f"{UNFINISHED}{path.name}"
+        with storing(path):
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"{PREFIX}{round:06d}"
+
+
+def save_model(path: Path, tensors: Params, metadata: Mapping[str, str]) -> None:
+    """Writes a flat tree of arrays as safetensors, whole or not at all.
+
+    Raises:
+        StorageError: The disk is full or refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with storing(path):
+        try:
+            save_tensors(temporary, tensors, metadata)
+            temporary.rename(path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Params, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes arrays of one kind as safetensors and makes the file durable; arrays may share memory or have strides."""
+    with _as_os_error(path):
+        _writer(tensors)(dict(metadata) if metadata else None, path)
+    path.chmod(0o666 & ~_umask())  # the writer makes it readable to its owner alone
+    sync_file(path)
+
+
+def _writer(tensors: Params) -> Callable[[dict[str, str] | None, Path], None]:
+    if trees.framework(tensors) == "torch":
+        from safetensors.torch import save_file as save_torch
+
+        # Copies, because tied and sliced tensors share memory, which the format refuses.
+        copies = {name: array.detach().cpu().contiguous().clone() for name, array in tensors.items()}
+        return lambda metadata, path: save_torch(copies, path, metadata)
+    from safetensors.numpy import save_file as save_numpy
+
+    arrays = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    return lambda metadata, path: save_numpy(arrays, path, metadata)
+
+
+@contextlib.contextmanager
+def _as_os_error(path: Path) -> Any:
+    """The format's writer tells of a full disk in an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _load_tensors(path: Path, framework: str) -> dict[str, Array]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt" if framework == "torch" else "numpy", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

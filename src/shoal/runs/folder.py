@@ -1,0 +1,214 @@
+"""A run's folder: one configuration, one process at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, Self
+
+from shoal.errors import RunFolderError
+from shoal.runs.files import require_space, storing, sync_folder, write_json
+from shoal.runs.metrics import read_metrics
+
+CONFIG = "config.json"
+LOCK = "run.lock"
+METRICS = "metrics.jsonl"
+PARTITION = "partition.json"
+
+
+class RunFolder:
+    """An open run folder, locked against other processes until :meth:`close` or the end of this one.
+
+    Use :meth:`open`. The configuration has three parts: ``identity`` decides the numbers and must be equal at a resume,
+    ``options`` may change then, ``environment`` says what the run was made with.
+    """
+
+    def __init__(self, path: Path, lock: FileIO, notices: list[str]) -> None:
+        self.path = path
+        self.notices = notices
+        """One line each: how the environment differs from that of the run's first part."""
+        self._lock = lock
+
+    @classmethod
+    def open(cls, path: Path, config: Mapping[str, Any], *, resume: bool, space: int = 0) -> Self:
+        """Creates the folder of a new run, or opens that of the run to resume. A refusal changes nothing.
+
+        Args:
+            path: The folder.
+            config: The run's ``identity``, ``options`` and ``environment``, as JSON.
+            resume: Whether the folder must hold this run already.
+            space: Bytes that the run will need at least.
+
+        Raises:
+            RunFolderError: The folder holds something else, another process uses it, or there is nothing to resume.
+            StorageError: The folder cannot be written, or its disk is too full.
+        """
+        config = json.loads(json.dumps(config))  # as it will read back: tuples as lists
+        exists = path.exists()
+        if exists:
+            _require_run_or_empty(path)
+        if resume and not (path / CONFIG).exists():
+            raise RunFolderError(f"there is no run to resume in {path}; leave --resume out to begin one")
+        require_space(path, space)
+        with storing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = _locked(path / LOCK)
+            try:
+                notices = _reconcile(path, config, resume=resume)
+                write_json(path / CONFIG, config)
+            except BaseException:
+                lock.close()
+                raise
+        except BaseException:
+            _remove_if_new(path, existed=exists)
+            raise
+        return cls(path, lock, notices)
+
+    def close(self) -> None:
+        """Lets other processes use the folder."""
+        self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def metrics(self) -> Path:
+        """The file with one JSON object a round."""
+        return self.path / METRICS
+
+    @property
+    def partition(self) -> Path:
+        """The file with the partition's picture."""
+        return self.path / PARTITION
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of the TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        """The file of the model to use."""
+        return self.path / "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run's folder says, for its readers."""
+
+    name: str
+    """The folder's own name."""
+    path: Path
+    """The folder."""
+    config: dict[str, Any]
+    """``identity``, ``options`` and ``environment``."""
+    metrics: list[dict[str, Any]]
+    """One object a round."""
+    partition: dict[str, Any] | None
+    """The partition's picture; None where there is none."""
+
+
+def read_run(path: Path) -> RunData:
+    """Reads a run's folder, also while the run goes on.
+
+    Raises:
+        RunFolderError: It is no run folder, or its configuration cannot be read.
+    """
+    if not path.is_dir():
+        raise RunFolderError(f"there is no run folder {path}")
+    if not (path / CONFIG).exists():
+        raise RunFolderError(f"{path} is no run folder: it has no {CONFIG}")
+    partition = path / PARTITION
+    return RunData(
+        name=path.resolve().name,
+        path=path,
+        config=_read_json(path / CONFIG),
+        metrics=read_metrics(path / METRICS),
+        partition=_read_json(partition) if partition.exists() else None,
+    )
+
+
+def _require_run_or_empty(path: Path) -> None:
+    if not path.is_dir():
+        raise RunFolderError(f"{path} is a file: choose another run folder")
+    names = {entry.name for entry in path.iterdir()}
+    if CONFIG not in names and names - {LOCK}:
+        raise RunFolderError(f"{path} holds other things ({min(names)}, …) and no run: choose another run folder")
+
+
+def _locked(path: Path) -> FileIO:
+    """Returns the lock file, locked; the operating system unlocks it when the process ends, however it ends."""
+    with storing(path):
+        stream = FileIO(path, "a+")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.seek(0)
+        holder = stream.read(200).decode(errors="replace").strip() or "another process"
+        stream.close()
+        raise RunFolderError(f"{path.parent} is in use by {holder}: wait for it, or choose another --run-dir") from error
+    with storing(path):
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return stream
+
+
+def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[str]:
+    """Compares the folder's configuration with the one asked for; returns notices."""
+    if not (path / CONFIG).exists():
+        return []
+    found = _read_json(path / CONFIG)
+    if different := _differences(found.get("identity", {}), config["identity"]):
+        shown = "; ".join(f"{key}: {then!r} there, {now!r} here" for key, then, now in different[:3])
+        more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+        raise RunFolderError(
+            f"{path} belongs to another configuration ({shown}{more}): choose another --run-dir, or the same settings"
+        )
+    if not resume:
+        raise RunFolderError(f"{path} holds this run already: add --resume to go on, or choose another --run-dir")
+    told = ("versions", "platform", "engine")
+    before, now = ({key: part.get("environment", {}).get(key) for key in told} for part in (found, config))
+    return [f"{key} was {old} and is now {new}" for key, old, new in _differences(before, now)]
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [(prefix, before, now)]
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(before.keys() | now.keys()):
+        found += _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{path} cannot be read: it holds no JSON object")
+    return content
+
+
+def _remove_if_new(path: Path, *, existed: bool) -> None:
+    if not (path / CONFIG).exists():
+        (path / LOCK).unlink(missing_ok=True)
+    if not existed:
+        shutil.rmtree(path, ignore_errors=True)
+        sync_folder(path.parent)

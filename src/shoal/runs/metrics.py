@@ -1,0 +1,74 @@
+"""``metrics.jsonl``: one JSON object a round."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.runs.files import storing, write_atomic
+
+TIME_KEYS = frozenset({"seconds", "clients_per_second", "elapsed"})
+"""The keys whose values are measured times; two equal runs agree in all others."""
+
+
+class MetricsLog:
+    """Appends records to a file; each is durable before :meth:`append` returns.
+
+    Args:
+        path: The file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds one record as a line. JSON has no NaN and no infinity: they are written as null.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        with storing(self._path), self._path.open("ab") as stream:
+            start = stream.tell()
+            try:
+                stream.write(line.encode() + b"\n")
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError:
+                os.ftruncate(stream.fileno(), start)  # no half of a line stays
+                raise
+
+    def truncate(self, last_round: int) -> None:
+        """Removes the records of later rounds, and a last line that a crash has torn."""
+        if not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if (record := _parsed(line)) is not None and record["round"] <= last_round]
+        if kept != lines:
+            write_atomic(self._path, "".join(kept))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the records of a file, without a last line that a crash has torn; none where there is no file."""
+    if not path.exists():
+        return []
+    records = (_parsed(line) for line in path.read_text().splitlines(keepends=True))
+    return [record for record in records if record is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    if not line.endswith("\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "round" in record else None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from torch import nn
+
+import shoal
+from shoal.errors import StorageError
+from shoal.runs import Checkpoints, MetricsLog, save_model, write_json
+from shoal.runs.files import require_space, write_atomic
+from support import CLASSES, FEATURES, learner, population
+
+
+def refusing(code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (errno.ENOSPC, r"the disk is full \(No space left on device\)"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: write_atomic(folder / "file", "new"),
+        lambda folder: write_json(folder / "file", {"new": 1}),
+        lambda folder: save_model(folder / "file", {"x": np.ones(2)}, {}),
+        lambda folder: MetricsLog(folder / "file").append({"round": 2}),
+        lambda folder: Checkpoints(folder, keep=2).save(1, {"x": np.ones(2)}, {}, best=None),
+    ],
+)
+def test_a_refused_write_is_one_line_and_leaves_what_was_there(write, code, reason, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text('{"round": 1}\n')
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=reason) as caught:
+        patch.setattr(os, "fsync", refusing(code))
+        write(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == '{"round": 1}\n'
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path):
+    with pytest.raises(StorageError, match="needs 1000000000.0 GB for its checkpoints, and its disk has"):
+        require_space(tmp_path / "not" / "there", 10**18)
+    require_space(tmp_path / "not" / "there", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, timeout=30
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk can only be mounted by root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=30)
+
+
+RUN = """
+import sys
+from support import learner, population
+import shoal
+shoal.federate(learner(), population(), rounds=int(sys.argv[2]), run_dir=sys.argv[1], keep_checkpoints=1,
+               tensorboard=False, resume=sys.argv[3] == "resume")
+"""
+
+
+def run(folder, rounds, how="start"):
+    path = os.pathsep.join(sys.path)
+    words = [sys.executable, "-c", RUN, str(folder / "run"), str(rounds), how]
+    return subprocess.run(words, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+
+
+def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(tmp_path):
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        assert run(disk, 3).returncode == 0
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(4096))
+        kept = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+        lines = (disk / "run/metrics.jsonl").read_text()
+        full = run(disk, 500, "resume")
+        assert full.returncode == 1
+        assert "StorageError" in full.stderr.splitlines()[-1]
+        assert sorted(path.name for path in (disk / "run/checkpoints").iterdir()) == kept
+        assert (disk / "run/metrics.jsonl").read_text().startswith(lines)
+        (disk / "ballast").unlink()
+        again = run(disk, 5, "resume")
+        assert again.returncode == 0, again.stderr
+        assert (disk / "run/metrics.jsonl").read_text().count("\n") == 5
+
+
+def wide():
+    return nn.Sequential(nn.Linear(FEATURES, 2000), nn.Linear(2000, CLASSES))
+
+
+def test_a_run_that_cannot_fit_is_refused(tmp_path):
+    with small_disk(tmp_path / "disk", "16k") as disk:
+        with pytest.raises(StorageError, match="for its checkpoints, and its disk has 0.0 MB free"):
+            shoal.federate(learner(wide), population(), rounds=2, run_dir=disk / "run")
+        assert list(disk.iterdir()) == []
