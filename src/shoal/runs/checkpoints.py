@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,10 +98,7 @@ class Checkpoints:
         path = self._path(round)
         try:
             description = json.loads((path / DESCRIPTION).read_text())
-            if description["format"] != FORMAT:
-                raise ValueError(f"format {description['format']} is not {FORMAT}")
-            if _sha256(path / TENSORS) != description["sha256"]:
-                raise ValueError(f"{TENSORS} is not the file that was written")
+            _check(description, path)
             tensors = _load_tensors(path / TENSORS, description["framework"])
             return Checkpoint(round=description["round"], tensors=tensors, meta=description["meta"])
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -165,6 +162,13 @@ class Checkpoints:
         return self._folder / f"{PREFIX}{round:06d}"
 
 
+def _check(description: Mapping[str, Any], path: Path) -> None:
+    if description["format"] != FORMAT:
+        raise ValueError(f"format {description['format']} is not {FORMAT}")
+    if _sha256(path / TENSORS) != description["sha256"]:
+        raise ValueError(f"{TENSORS} is not the file that was written")
+
+
 def save_model(path: Path, tensors: Params, metadata: Mapping[str, str]) -> None:
     """Writes a flat tree of arrays as safetensors, whole or not at all.
 
@@ -183,7 +187,7 @@ def save_model(path: Path, tensors: Params, metadata: Mapping[str, str]) -> None
 
 def save_tensors(path: Path, tensors: Params, metadata: Mapping[str, str] | None = None) -> None:
     """Writes arrays of one kind as safetensors and makes the file durable; arrays may share memory or have strides."""
-    with _as_os_error(path):
+    with _as_os_error():
         _writer(tensors)(dict(metadata) if metadata else None, path)
     path.chmod(0o666 & ~_umask())  # the writer makes it readable to its owner alone
     sync_file(path)
@@ -203,7 +207,7 @@ def _writer(tensors: Params) -> Callable[[dict[str, str] | None, Path], None]:
 
 
 @contextlib.contextmanager
-def _as_os_error(path: Path) -> Any:
+def _as_os_error() -> Iterator[None]:
     """The format's writer tells of a full disk in an error of its own."""
     from safetensors import SafetensorError
 

@@ -162,7 +162,7 @@ def _locked(path: Path) -> FileIO:
         stream.seek(0)
         holder = stream.read(200).decode(errors="replace").strip() or "another process"
         stream.close()
-        raise RunFolderError(f"{path.parent} is in use by {holder}: wait for it, or choose another --run-dir") from error
+        raise RunFolderError(f"{path.parent} is in use by {holder}: wait, or choose another --run-dir") from error
     with storing(path):
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -70,8 +70,8 @@ def _subtitle(run: RunData) -> str:
 
 
 def _tiles(run: RunData) -> str:
-    tiles = [(value, label) for label, value in _facts(run).items()]
-    rows = (f"<div class='tile'><strong>{html.escape(v)}</strong><span>{html.escape(k)}</span></div>" for v, k in tiles)
+    tile = "<div class='tile'><strong>{}</strong><span>{}</span></div>"
+    rows = (tile.format(html.escape(value), html.escape(label)) for label, value in _facts(run).items())
     failed = sum(len(record.get("failed") or ()) for record in run.metrics)
     warning = f"<p class='warning'>{failed} client updates were left out because they failed.</p>" if failed else ""
     return f"<div class='tiles'>{''.join(rows)}</div>{warning}"
@@ -112,7 +112,9 @@ def _comparison(runs: Sequence[RunData]) -> str:
     columns = [dict(_row(label, value) for label, value in column.items()) for column in columns]
     settings = [_flat(run.config.get("identity", {})) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
-    differing = [key for key in sorted({k for s in settings for k in s}) if len({str(s.get(key)) for s in settings}) > 1]
+    differing = [
+        key for key in sorted({k for s in settings for k in s}) if len({str(s.get(key)) for s in settings}) > 1
+    ]
     rows = [(key, [column.get(key, "–") for column in columns]) for key in keys]
     rows += [(key, [str(s.get(key, "–")) for s in settings]) for key in differing if "digest" not in key]
     head = "".join(f"<th scope='col'>{html.escape(run.name)}</th>" for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -38,7 +39,11 @@ class TensorBoardTracker:
             from tensorboardX import SummaryWriter
         except ImportError as error:
             raise MissingExtraError("tensorboardX", purpose="write TensorBoard events", extra="tracking") from error
-        self._writer = SummaryWriter(str(folder), purge_step=first_round if first_round > 1 else None)
+        self._writer = SummaryWriter(
+            str(folder),
+            purge_step=first_round if first_round > 1 else None,
+            filename_suffix=f".{os.getpid()}.{first_round}",  # its own names repeat within a second
+        )
 
     def log(self, round: int, metrics: Mapping[str, float]) -> None:
         """Takes the numbers of one round, as scalars of their names."""

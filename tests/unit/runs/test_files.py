@@ -45,9 +45,10 @@ def refusing(code):
 )
 def test_a_refused_write_is_one_line_and_leaves_what_was_there(write, code, reason, tmp_path, monkeypatch):
     (tmp_path / "file").write_text('{"round": 1}\n')
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match=reason) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refusing(code))
-        write(tmp_path)
+        with pytest.raises(StorageError, match=reason) as caught:
+            write(tmp_path)
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == '{"round": 1}\n'
