@@ -1,0 +1,57 @@
+"""The examples run as their READMEs say, and the README's Python does."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(words, cwd):
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def test_quickstart(tmp_path):
+    folder = ROOT / "examples" / "quickstart"
+    done = run([sys.executable, str(folder / "federate.py"), "--rounds", "3"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs" / "compared.html").exists()
+    settings = ["--set", "alpha=0.1", "--set", "algorithm=fedprox", "--set", "algorithm.mu=0.1", "--rounds", "2"]
+    done = run([sys.executable, "-m", "shoal", "federate", str(folder / "experiment.py"), *settings], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/federate.md"])
+def test_the_python_on_a_page_runs_from_top_to_bottom(page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
+    assert blocks
+    code = re.sub(r"rounds=\d+", "rounds=2", "\n".join(blocks))
+    done = run([sys.executable, "-W", "error", "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guides/federate.md", "examples/quickstart/README.md"])
+def test_the_commands_on_a_page_exist(page):
+    from typer.main import get_command
+
+    from shoal.cli.main import app
+
+    commands = get_command(app).commands
+    shown = re.findall(r"^shoal (\w+)(.*)$", (ROOT / page).read_text(), re.M)
+    for name, rest in shown:
+        options = {option for parameter in commands[name].params for option in parameter.opts}
+        assert set(re.findall(r"(?<=\s)--[\w-]+", rest)) <= options, (name, rest)
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
