@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types format clean
+.PHONY: help demo test quick lint types format docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ format: $(VENV)/test  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/docs  ## build the pages into site/
+	$(BIN)/mkdocs build
+
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
@@ -45,6 +48,6 @@ $(VENV)/torch: $(VENV)/python constraints.txt
 	$(PIP) install -q -c constraints.txt torch
 	touch $@
 
-$(VENV)/demo $(VENV)/test: $(VENV)/%: $(VENV)/torch pyproject.toml
+$(VENV)/demo $(VENV)/test $(VENV)/docs: $(VENV)/%: $(VENV)/torch pyproject.toml
 	$(PIP) install -q -c constraints.txt -e '.[$*]'
 	touch $@

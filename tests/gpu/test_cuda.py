@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import shoal
-from shoal.learners.torch_devices import repeatable_kernels, resolve
+from shoal.learners.torch_devices import computing, resolve
 from shoal.runs import Checkpoints
 from shoal.types import Broadcast
 from support import BatchNormNet, Mlp, assert_equal, learner, population, samples
@@ -63,7 +63,7 @@ def test_the_users_generator_and_kernels_come_back():
     before = torch.cuda.get_rng_state(), torch.backends.cudnn.deterministic
     federate(BatchNormNet, CUDA)
     assert torch.equal(torch.cuda.get_rng_state(), before[0])
-    with repeatable_kernels(torch.device("cuda", 0)):
+    with computing(torch.device("cuda", 0), None):
         assert torch.backends.cudnn.deterministic
     assert torch.backends.cudnn.deterministic == before[1]
 

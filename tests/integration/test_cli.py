@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,23 @@ def test_a_finished_run_goes_on_with_more_rounds(demo):
     assert "belongs to another configuration" in other.stderr
 
 
+def test_a_truncated_checkpoint_is_said_and_the_one_before_it_used(demo):
+    _, folder = demo
+    shutil.copytree(folder / "runs/digits-0001", folder / "damaged")
+    newest = max((folder / "damaged/checkpoints").glob("round-*"))
+    number = int(newest.name.removeprefix("round-"))
+    tensors = newest / "state.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:1000])
+    words = ["--rounds", number, "--set", "client_validation=0.2", "--run-dir", "damaged", "--resume"]
+    done = shoal("demo", *words, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert f"checkpoint {newest.name} is damaged (state.safetensors is not the file that was written)" in done.stdout
+    assert f"going on from round-{number - 1:06d}" in done.stdout
+    assert re.findall(r"^round (\d)/", done.stdout, re.M) == [str(number)]
+    same = [(folder / name / "model.safetensors").read_bytes() for name in ("runs/digits-0001", "damaged")]
+    assert same[0] == same[1]
+
+
 def test_reports_of_one_run_and_of_several(demo):
     _, folder = demo
     one = shoal("report", "runs/digits-0001", "-o", "one.html", cwd=folder)
@@ -158,8 +176,8 @@ def test_an_experiment_file_and_its_settings(experiment):
         (["--set", "bad=nan"], "arrays: sample 17 has an input that is NaN or infinite"),
         (["--set", "algorithm=fedavgg"], "unknown algorithm 'fedavgg'; did you mean 'fedavg'"),
         (["--engine", "vectorised"], "unknown engine 'vectorised'; known: auto, sequential"),
-        (["--set", "ruonds=3"], "unknown key in --set 'ruonds'; did you mean 'rounds'"),
-        (["--set", "algorithm.nu=3"], "unknown key in --set 'algorithm.nu'"),
+        (["--set", "ruonds=3"], "unknown setting 'ruonds'; did you mean 'rounds'"),
+        (["--set", "algorithm.nu=3"], "unknown setting 'algorithm.nu'"),
         (["--set", "rounds"], "--set takes key=value, not 'rounds'"),
         (["--set", "lr=fast"], "lr takes float, not 'fast'"),
         (["--rounds", "0"], "rounds must be a whole number ≥ 1, not 0"),

@@ -44,7 +44,8 @@ def test_the_commands_on_a_page_exist(page):
     from shoal.cli.main import app
 
     commands = get_command(app).commands
-    shown = re.findall(r"^shoal (\w+)(.*)$", (ROOT / page).read_text(), re.M)
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S)
+    shown = re.findall(r"^shoal (\w+)(.*)$", "\n".join(blocks), re.M)
     for name, rest in shown:
         options = {option for parameter in commands[name].params for option in parameter.opts}
         assert set(re.findall(r"(?<=\s)--[\w-]+", rest)) <= options, (name, rest)

@@ -44,7 +44,7 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
 
 
 def _report_interrupt(interrupt: KeyboardInterrupt) -> int:
-    said = str(interrupt) if isinstance(interrupt, RunInterrupted) else "stopped before anything was written"
+    said = str(interrupt) if isinstance(interrupt, RunInterrupted) else "stopped before the first round"
     print(f"\nshoal: {said}", file=sys.stderr)
     by_signal = isinstance(interrupt, Terminated) or isinstance(interrupt.__cause__, Terminated)
     return TERMINATED if by_signal else INTERRUPTED

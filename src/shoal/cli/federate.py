@@ -126,5 +126,9 @@ def _on(experiment: Experiment, device: str) -> Experiment:
     accelerator, _, index = device.partition(":")
     if index and not index.isdigit():
         raise ConfigurationError(f"--device takes auto, cpu, cuda or cuda:NUMBER, not {device!r}")
-    devices = Devices("single", accelerator=accelerator, id=int(index) if index else None)  # type: ignore[arg-type]
+    devices = dataclasses.replace(
+        getattr(experiment.learner, "devices", Devices()),
+        accelerator=accelerator,
+        id=int(index) if index else None,
+    )
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

@@ -27,7 +27,11 @@ class Dataset(Protocol):
         ...  # pragma: no cover
 
     def targets(self) -> np.ndarray:
-        """Returns the targets of all samples."""
+        """Returns the targets of all samples, if need be by reading every sample."""
+        ...  # pragma: no cover
+
+    def known_targets(self) -> np.ndarray | None:
+        """Returns the targets of all samples, or None where every sample would have to be read for them."""
         ...  # pragma: no cover
 
     def check(self) -> None:
@@ -78,6 +82,10 @@ class ArrayDataset:
         return np.asarray(self.inputs[indices]), np.asarray(self._targets[indices])
 
     def targets(self) -> np.ndarray:
+        """Returns the targets of all samples."""
+        return self._targets
+
+    def known_targets(self) -> np.ndarray:
         """Returns the targets of all samples."""
         return self._targets
 
@@ -157,11 +165,15 @@ class ItemDataset:
 
     def targets(self) -> np.ndarray:
         """Returns the items' targets: the data set's own list of them where it has one, else after one pass."""
-        if self._cached_targets is None:
-            own = getattr(self._items, "targets", None)
-            listed = own if own is not None and len(own) == len(self) else [target for _, target in self._pairs()]
-            self._cached_targets = np.asarray(listed)
-        return self._cached_targets
+        known = self.known_targets()
+        if known is None:
+            known = self._cached_targets = np.asarray([target for _, target in self._pairs()])
+        return known
+
+    def known_targets(self) -> np.ndarray | None:
+        """Returns the targets if the data set lists them itself, or they were read before."""
+        own = getattr(self._items, "targets", None)
+        return np.asarray(own) if own is not None and len(own) == len(self) else self._cached_targets
 
     def check(self) -> None:
         """Makes sure that there is a sample. The items themselves are looked at when they are trained on."""
@@ -205,6 +217,11 @@ class Subset:
         """Returns the targets of the subset."""
         labels: np.ndarray = self.dataset.targets()[self.indices]
         return labels
+
+    def known_targets(self) -> np.ndarray | None:
+        """Returns the targets of the subset, if they are known without reading samples."""
+        known = self.dataset.known_targets()
+        return None if known is None else known[self.indices]
 
     def check(self) -> None:
         """Looks at all samples of the subset once.

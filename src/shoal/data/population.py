@@ -107,9 +107,12 @@ class Population(Sequence[Dataset]):
         self.dataset.check()
 
     def label_counts(self, clients: Sequence[int]) -> np.ndarray | None:
-        """Returns how many samples of each label some clients have, shape [clients, labels]; None without classes."""
-        targets = self.dataset.targets()
-        if targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
+        """Returns how many samples of each label some clients have, shape [clients, labels].
+
+        None where the targets are no classes, or every sample would have to be read for them.
+        """
+        targets = self.dataset.known_targets()
+        if targets is None or targets.ndim != 1 or not np.issubdtype(targets.dtype, np.integer):
             return None
         labels = self.dataset.classes or int(targets.max(initial=0)) + 1
         rows = [targets[self._order[self._offsets[client] : self._offsets[client + 1]]] for client in clients]
@@ -149,6 +152,11 @@ class _Concatenation:
 
     def targets(self) -> np.ndarray:
         return np.concatenate([part.targets() for part in self._parts])
+
+    def known_targets(self) -> np.ndarray | None:
+        known = [part.known_targets() for part in self._parts]
+        present = [targets for targets in known if targets is not None]
+        return np.concatenate(present) if present and len(present) == len(known) else None
 
     def check(self) -> None:
         for part in self._parts:

@@ -29,12 +29,17 @@ class Devices:
     """``cpu``, ``cuda``, or ``auto``: CUDA where there is a CUDA device, else the CPU."""
     id: int | None = None
     """The index of the CUDA device; None for the current one."""
+    threads: int | None = None
+    """CPU threads that one operation may use, ≥ 1; None leaves it to the framework. Small models are as fast with one,
+    and far faster where other processes want the cores too, because threads then wait for each other."""
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise unknown_name("strategy", self.strategy, get_args(Strategy))
         if self.accelerator not in get_args(Accelerator):
             raise unknown_name("accelerator", self.accelerator, get_args(Accelerator))
+        if self.threads is not None and self.threads < 1:
+            raise ConfigurationError(f"threads must be ≥ 1, not {self.threads}; None leaves it to the framework")
         if self.id is not None and (self.id < 0 or self.accelerator == "cpu"):
             raise ConfigurationError(
                 f"device id {self.id} was asked for with accelerator {self.accelerator!r}; "

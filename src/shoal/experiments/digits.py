@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from shoal import data
+from shoal.devices import Devices
 from shoal.federation import Experiment
 from shoal.learners.torch import TorchLearner
 
@@ -53,6 +54,7 @@ def experiment(
             batch_size=batch_size,
             epochs=epochs,
             train_metrics=True,
+            devices=Devices(threads=1),
         ),
         clients=data.partition(train, data.Dirichlet(clients=clients, alpha=alpha), seed=seed),
         evaluate=test,

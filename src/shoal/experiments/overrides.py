@@ -52,7 +52,7 @@ def apply(experiment: Experiment, settings: Mapping[str, str], *, also_known: It
         known |= {f"{part}.{field}": hint for field, hint in _fields(getattr(experiment, part)).items()}
     for key in settings:
         if key not in known:
-            raise unknown_name("key in --set", key, [*known, *also_known])
+            raise unknown_name("setting", key, [*known, *also_known])
     values = {key: converted(key, text, known[key]) for key, text in settings.items() if key != "algorithm"}
     for part in PARTS:
         inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{part}.")}

@@ -85,7 +85,7 @@ def prepare(experiment: Experiment) -> Plan:
 def partition_picture(population: Population) -> dict[str, Any] | None:
     """Returns how the labels lie over the clients, as JSON for the report: at most 200 clients, evenly picked.
 
-    None where the targets are no classes.
+    None where the targets are no classes, or are not known without reading every sample.
     """
     shown = np.unique(np.linspace(0, len(population) - 1, PICTURED_CLIENTS).astype(int)).tolist()
     counts = population.label_counts(shown)

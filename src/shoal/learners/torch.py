@@ -17,7 +17,7 @@ from shoal.description import dataclass_fields, describe
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_indices
-from shoal.learners.torch_devices import repeatable_kernels, resolve
+from shoal.learners.torch_devices import computing, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
 from shoal.types import Broadcast, ModelState, Params, Update
 
@@ -119,7 +119,7 @@ class TorchLearner:
         resident = self._resident
         resident.load(broadcast.model)
         resident.module.train()
-        with seeded(self.device, int(rng.integers(2**63))), repeatable_kernels(self.device):
+        with seeded(self.device, int(rng.integers(2**63))), computing(self.device, self.devices.threads):
             means = self._train(resident, broadcast, data, rng)
         delta, buffers = resident.delta(broadcast.model)
         return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
@@ -132,7 +132,7 @@ class TorchLearner:
         resident.load(model)
         resident.module.eval()
         tally = _Tally()
-        with torch.inference_mode(), repeatable_kernels(self.device):
+        with torch.inference_mode(), computing(self.device, self.devices.threads):
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 output = resident.module(inputs)
@@ -151,8 +151,9 @@ class TorchLearner:
             with torch.inference_mode():
                 inputs, targets = self._batch(data, np.arange(min(2, len(data))))
                 output = resident.module(inputs)
-                if _are_class_indices(output, targets):
-                    _check_labels(np.asarray(data.targets()), outputs=output.shape[1])
+                labels = data.known_targets()
+                if labels is not None and _are_class_indices(output, targets):
+                    _check_labels(labels, outputs=output.shape[1])
                 loss = self.loss(output, targets)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, DataError):

@@ -32,15 +32,20 @@ def resolve(devices: Devices) -> torch.device:
 
 
 @contextmanager
-def repeatable_kernels(device: torch.device) -> Iterator[None]:
-    """Lets cuDNN choose only kernels that give the same bits twice; the user's settings come back at the end."""
-    if device.type != "cuda":
-        yield
-        return
-    cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
+def computing(device: torch.device, threads: int | None) -> Iterator[None]:
+    """Holds cuDNN to kernels that give the same bits twice, and torch to a number of CPU threads.
+
+    The user's own settings come back at the end.
+    """
+    cudnn, before = torch.backends.cudnn, torch.get_num_threads()
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    if device.type == "cuda":
+        cudnn.deterministic, cudnn.benchmark = True, False
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        if threads is not None:
+            torch.set_num_threads(before)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
-import shutil
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from shoal.errors import RunFolderError
-from shoal.runs.files import require_space, storing, sync_folder, write_json
+from shoal.runs.files import require_space, storing, write_json
 from shoal.runs.metrics import read_metrics
 
 CONFIG = "config.json"
@@ -59,16 +59,12 @@ class RunFolder:
         require_space(path, space)
         with storing(path):
             path.mkdir(parents=True, exist_ok=True)
+        lock = _locked(path / LOCK)
         try:
-            lock = _locked(path / LOCK)
-            try:
-                notices = _reconcile(path, config, resume=resume)
-                write_json(path / CONFIG, config)
-            except BaseException:
-                lock.close()
-                raise
+            notices = _reconcile(path, config, resume=resume)
+            write_json(path / CONFIG, config)
         except BaseException:
-            _remove_if_new(path, existed=exists)
+            _leave_no_trace(path, lock, existed=exists)
             raise
         return cls(path, lock, notices)
 
@@ -163,6 +159,9 @@ def _locked(path: Path) -> FileIO:
         holder = stream.read(200).decode(errors="replace").strip() or "another process"
         stream.close()
         raise RunFolderError(f"{path.parent} is in use by {holder}: wait, or choose another --run-dir") from error
+    if not path.exists() or path.stat().st_ino != os.fstat(stream.fileno()).st_ino:
+        stream.close()  # its owner gave up and removed it in between
+        return _locked(path)
     with storing(path):
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
@@ -206,9 +205,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _remove_if_new(path: Path, *, existed: bool) -> None:
+def _leave_no_trace(path: Path, lock: FileIO, *, existed: bool) -> None:
+    """Removes what a refused opening has made. Only who holds the lock may: without it, the files are another's."""
     if not (path / CONFIG).exists():
         (path / LOCK).unlink(missing_ok=True)
+    lock.close()
     if not existed:
-        shutil.rmtree(path, ignore_errors=True)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):
+            path.rmdir()

@@ -101,7 +101,12 @@ def test_a_torch_dataset_is_read_item_by_item():
     assert items.read == [5, 2]
     assert inputs.tolist() == [[25.0, 25.0], [4.0, 4.0]]
     assert targets.tolist() == [1, 0]
+    items.read.clear()
+    assert data.known_targets() is None
+    assert as_dataset(Subset(data, np.arange(2))).known_targets() is None
+    assert items.read == []
     assert data.targets().tolist() == [0, 1] * 3
+    assert data.known_targets().tolist() == [0, 1] * 3
     items.read.clear()
     assert data.targets().tolist() == [0, 1] * 3
     assert items.read == []  # one pass is enough

@@ -19,6 +19,7 @@ def test_the_cpu_is_found():
         (lambda: Devices(accelerator="gpu"), "unknown accelerator 'gpu'; did you mean 'cpu'"),
         (lambda: Devices(accelerator="cpu", id=0), "device id 0 was asked for with accelerator 'cpu'"),
         (lambda: Devices(accelerator="cuda", id=-1), "device id -1"),
+        (lambda: Devices(threads=0), "threads must be ≥ 1, not 0"),
     ],
 )
 def test_what_cannot_be_is_refused(make, message):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from shoal import trees
 from shoal.data import ArrayDataset, ItemDataset
+from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_indices
 from shoal.learners.torch import accuracy, scale_pixels
@@ -355,3 +356,23 @@ def test_descriptions_differ_where_the_numbers_would():
     assert with_rate(0.1) == with_rate(0.1) != with_rate(0.2)
     assert learner(Mlp).describe() != learner(Tied).describe()
     assert learner(eval_batch_size=7).describe() == learner().describe()
+
+
+@pytest.mark.parametrize(("asked", "seen"), [(1, 1), (3, 3), (None, 2)])
+def test_threads_are_those_asked_for_and_the_users_come_back(asked, seen):
+    before = torch.get_num_threads()
+    threads = []
+
+    def loss(output, target):
+        threads.append(torch.get_num_threads())
+        return F.cross_entropy(output, target)
+
+    torch.set_num_threads(2)
+    try:
+        ours = learner(loss=loss, devices=Devices(threads=asked))
+        fit(ours, samples(4))
+        ours.evaluate(ours.init(0), samples(4))
+        assert threads == [seen, seen]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
