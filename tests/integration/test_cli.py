@@ -266,6 +266,23 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, experiment
     assert f"round {done + 1}/{done + 2}" in finished.stdout
 
 
+def test_demo_takes_every_option_of_federate():
+    from typer.main import get_command
+
+    from shoal.cli.main import app
+
+    def options(name):
+        parameters = get_command(app).commands[name].params
+        return {
+            parameter.name: (parameter.opts, parameter.help)
+            for parameter in parameters
+            if parameter.name != "experiment"
+        }
+
+    assert options("demo") == options("federate")
+    assert ["--set"] in [opts for opts, _ in options("demo").values()]
+
+
 def test_doctor_speaks_json_and_english(tmp_path):
     spoken = shoal("doctor", cwd=tmp_path)
     assert spoken.returncode == 0, spoken.stderr

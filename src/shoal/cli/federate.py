@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,22 +34,6 @@ Set = Annotated[
 ]
 
 
-def demo(
-    rounds: Rounds = None,
-    cohort: Cohort = None,
-    clients: Clients = None,
-    engine: Engine = None,
-    device: Device = None,
-    seed: Seed = None,
-    run_dir: RunDir = None,
-    resume: Resume = False,
-    settings: Set = None,
-) -> None:
-    """Federate a small CNN over 100 clients with skewed shares of scikit-learn's digits."""
-    options = {"rounds": rounds, "cohort": cohort, "clients": clients, "engine": engine, "seed": seed}
-    _run("digits", options, settings or [], device=device, run_dir=run_dir, resume=resume)
-
-
 def federate(
     experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
     rounds: Rounds = None,
@@ -63,6 +49,17 @@ def federate(
     """Train one model on the data of many clients."""
     options = {"rounds": rounds, "cohort": cohort, "clients": clients, "engine": engine, "seed": seed}
     _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
+
+
+def demo(**options: Any) -> None:
+    """Federate a small CNN over 100 clients with skewed shares of scikit-learn's digits."""
+    federate("digits", **options)
+
+
+# The demo takes every option of federate, and so it takes them from there.
+_, *_options = inspect.signature(federate, eval_str=True).parameters.values()
+demo.__signature__ = inspect.Signature(_options)  # type: ignore[attr-defined]
+demo.__annotations__ = {option.name: option.annotation for option in _options}
 
 
 def _run(
@@ -105,10 +102,10 @@ def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
         raise RunInterrupted(message) from interrupt.__cause__
 
 
-def _new_folders(name: str) -> itertools.chain[Path]:
+def _new_folders(name: str) -> Iterator[Path]:
     """Yields names for a run's folder that are free at this moment: runs/digits-0001 and so on."""
-    numbers = (RUNS / f"{name}-{number:04d}" for number in itertools.count(1))
-    return itertools.chain(path for path in numbers if not path.exists())
+    every = (RUNS / f"{name}-{number:04d}" for number in itertools.count(1))
+    return (path for path in every if not path.exists())
 
 
 def _resume_command(path: Path) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 from shoal import data
-from shoal.experiments.images import image_experiment
-from shoal.federation import Experiment
+from shoal.experiments.images import label_skewed
 
 
 class CifarNet(nn.Sequential):
@@ -31,38 +28,4 @@ class CifarNet(nn.Sequential):
         )
 
 
-def experiment(
-    *,
-    clients: int = 100,
-    alpha: float = 0.3,
-    lr: float = 0.05,
-    epochs: int = 1,
-    batch_size: int = 32,
-    data_dir: str | None = None,
-    seed: int = 0,
-) -> Experiment:
-    """Returns a LeNet on CIFAR-10, the labels skewed over the clients by Dirichlet(alpha).
-
-    Args:
-        clients: Size of the population.
-        alpha: Concentration of the label skew; small is more skewed.
-        lr: The clients' learning rate.
-        epochs: Local passes over a client's data.
-        batch_size: Examples in a batch.
-        data_dir: Where ``cifar-10-python.tar.gz`` lies, or is to be put.
-        seed: Decides the partition.
-    """
-    train, test = data.cifar10(data_dir=Path(data_dir) if data_dir else None)
-    return image_experiment(
-        "cifar10",
-        CifarNet,
-        train,
-        test,
-        clients=clients,
-        alpha=alpha,
-        lr=lr,
-        epochs=epochs,
-        batch_size=batch_size,
-        seed=seed,
-        rounds=200,
-    )
+experiment = label_skewed("cifar10", CifarNet, data.cifar10, rounds=200)
