@@ -55,7 +55,7 @@ def examine() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, int]:
-    rows = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    rows = (line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     kilobytes = {row[0].rstrip(":"): int(row[1]) for row in rows}
     return {"total": kilobytes["MemTotal"] * 1024, "available": kilobytes["MemAvailable"] * 1024}
 

@@ -97,7 +97,7 @@ class Checkpoints:
         """
         path = self._path(round)
         try:
-            description = json.loads((path / DESCRIPTION).read_text())
+            description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
             _check(description, path)
             tensors = _load_tensors(path / TENSORS, description["framework"])
             return Checkpoint(round=description["round"], tensors=tensors, meta=description["meta"])
@@ -145,7 +145,7 @@ class Checkpoints:
 
     def _best_of(self, round: int) -> int | None:
         try:
-            best = json.loads((self._path(round) / DESCRIPTION).read_text())["best"]
+            best = json.loads((self._path(round) / DESCRIPTION).read_text(encoding="utf-8"))["best"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return best if isinstance(best, int) else None

@@ -197,7 +197,7 @@ def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

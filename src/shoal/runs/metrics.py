@@ -46,7 +46,7 @@ class MetricsLog:
         """Removes the records of later rounds, and a last line that a crash has torn."""
         if not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if (record := _parsed(line)) is not None and record["round"] <= last_round]
         if kept != lines:
             write_atomic(self._path, "".join(kept))
@@ -56,7 +56,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file, without a last line that a crash has torn; none where there is no file."""
     if not path.exists():
         return []
-    records = (_parsed(line) for line in path.read_text().splitlines(keepends=True))
+    records = (_parsed(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
     return [record for record in records if record is not None]
 
 

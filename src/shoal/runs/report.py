@@ -45,11 +45,11 @@ def _page(runs: Sequence[RunData], figures: Sequence[Plot]) -> str:
     page = resources.files("shoal.runs") / "page"
     one = runs[0] if len(runs) == 1 else None
     title = _title(one) if one else f"{len(runs)} runs compared"
-    return Template((page / "page.html").read_text()).substitute(
+    return Template((page / "page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title),
         subtitle=html.escape(_subtitle(one) if one else ", ".join(run.name for run in runs)),
-        style=(page / "page.css").read_text(),
-        script=(page / "page.js").read_text(),
+        style=(page / "page.css").read_text(encoding="utf-8"),
+        script=(page / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         summary=_tiles(one) if one else _comparison(runs),
         plots="\n".join(_card(index, plot) for index, plot in enumerate(figures)),
