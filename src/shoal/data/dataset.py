@@ -158,8 +158,17 @@ class ItemDataset:
         return len(self._items)
 
     def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the items one by one and stacks them."""
+        """Reads the items one by one and stacks them.
+
+        Raises:
+            DataError: An item is no pair of an input and a target.
+        """
         pairs = [self._items[int(index)] for index in indices]
+        for index, pair in zip(indices, pairs, strict=True):
+            if not (isinstance(pair, tuple | list) and len(pair) == 2):
+                raise DataError(
+                    f"{self._name}: item {index} is {type(pair).__name__}, and must be a pair (input, target)"
+                )
         inputs, targets = zip(*pairs, strict=True)
         return np.stack([np.asarray(item) for item in inputs]), np.stack([np.asarray(item) for item in targets])
 

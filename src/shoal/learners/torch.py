@@ -132,7 +132,7 @@ class TorchLearner:
         resident.load(model)
         resident.module.eval()
         tally = _Tally()
-        with torch.inference_mode(), computing(self.device, self.devices.threads):
+        with seeded(self.device, 0), torch.inference_mode(), computing(self.device, self.devices.threads):
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 output = resident.module(inputs)
@@ -148,7 +148,7 @@ class TorchLearner:
         resident = self._resident
         resident.module.eval()
         try:
-            with torch.inference_mode():
+            with seeded(self.device, 0), torch.inference_mode():
                 inputs, targets = self._batch(data, np.arange(min(2, len(data))))
                 output = resident.module(inputs)
                 labels = data.known_targets()

@@ -112,6 +112,12 @@ def test_a_torch_dataset_is_read_item_by_item():
     assert items.read == []  # one pass is enough
 
 
+@pytest.mark.parametrize("items", [[{"x": 1, "y": 2}], [(1, 2, 3)], Population.from_datasets([dataset()])])
+def test_items_must_be_pairs(items):
+    with pytest.raises(DataError, match=r"item 0 is \w+, and must be a pair"):
+        as_dataset(items).take(np.array([0]))
+
+
 def test_targets_that_a_data_set_lists_itself_are_used():
     items = Squares()
     items.targets = [7] * 6

@@ -241,6 +241,20 @@ def test_evaluate_is_the_mean_over_examples_whatever_the_batch():
     assert one_by_one == pytest.approx(expected, abs=1e-6)
 
 
+def test_evaluation_draws_the_same_each_time_and_leaves_the_global_generator():
+    class AlwaysNoisy(Mlp):
+        def forward(self, inputs):
+            return super().forward(inputs + torch.randn_like(inputs))
+
+    ours = learner(AlwaysNoisy)
+    model, state = ours.init(0), torch.get_rng_state()
+    ours.check(samples(9))
+    first = ours.evaluate(model, samples(9))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(1)
+    assert ours.evaluate(model, samples(9)) == first
+
+
 def test_regression_has_no_accuracy_and_other_metrics_are_the_users():
     data = ArrayDataset(np.ones((5, FEATURES), np.float32), np.zeros((5, 2), np.float32))
 
