@@ -118,14 +118,12 @@ def _resume_command(path: Path) -> str:
 def _on(experiment: Experiment, device: str) -> Experiment:
     import dataclasses
 
-    from shoal.devices import Devices
-
     accelerator, _, index = device.partition(":")
     if index and not index.isdigit():
         raise ConfigurationError(f"--device takes auto, cpu, cuda or cuda:NUMBER, not {device!r}")
     devices = dataclasses.replace(
-        getattr(experiment.learner, "devices", Devices()),
-        accelerator=accelerator,
+        experiment.learner.devices,
+        accelerator=accelerator,  # type: ignore[arg-type]  # the specification refuses what it does not know
         id=int(index) if index else None,
     )
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

@@ -107,7 +107,7 @@ def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:
     config = {
         "identity": plan.identity,
         "options": experiment.options(),
-        "environment": environment(experiment.seed, plan.engine.name),
+        "environment": environment(experiment, plan.engine.name),
     }
     state = plan.start
     bytes_a_checkpoint = trees.nbytes(state.model.merged()) + sum(trees.nbytes(slot) for slot in state.slots.values())

@@ -15,7 +15,9 @@ import numpy as np
 
 from shoal import trees
 from shoal.algorithms import ServerState
+from shoal.description import describe
 from shoal.errors import CheckpointError, MissingExtraError, StorageError
+from shoal.federation.experiment import Experiment
 from shoal.federation.selection import Best
 from shoal.runs import (
     Checkpoint,
@@ -170,7 +172,7 @@ class RunStorage:
         return None if self.folder is None else self.folder.path
 
 
-def environment(seed: int, engine: str) -> dict[str, Any]:
+def environment(experiment: Experiment, engine: str) -> dict[str, Any]:
     """Returns what a run was made with, as JSON."""
     versions = {"shoal": __version__, "python": platform.python_version(), "numpy": np.__version__}
     for name in ("torch", "tensorflow"):
@@ -179,8 +181,9 @@ def environment(seed: int, engine: str) -> dict[str, Any]:
     return {
         "versions": versions,
         "platform": platform.platform(),
-        "seed": seed,
+        "seed": experiment.seed,
         "engine": engine,
+        "devices": describe(experiment.learner.devices),
         "command": sys.argv,
     }
 

@@ -19,6 +19,11 @@ class Learner(Protocol):
     nothing of one call to :meth:`fit` is left for the next.
     """
 
+    @property
+    def devices(self) -> Devices:
+        """Where the learner's model lives."""
+        ...  # pragma: no cover
+
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, on the learner's devices; equal seeds give equal models."""
         ...  # pragma: no cover

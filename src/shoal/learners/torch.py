@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shoal.data import Dataset
-from shoal.description import dataclass_fields, describe
+from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_indices
@@ -132,7 +132,7 @@ class TorchLearner:
         resident.load(model)
         resident.module.eval()
         tally = _Tally()
-        with seeded(self.device, 0), torch.inference_mode(), computing(self.device, self.devices.threads):
+        with seeded(self.device, 0), torch.no_grad(), computing(self.device, self.devices.threads):
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 output = resident.module(inputs)
@@ -148,7 +148,7 @@ class TorchLearner:
         resident = self._resident
         resident.module.eval()
         try:
-            with seeded(self.device, 0), torch.inference_mode():
+            with seeded(self.device, 0), torch.no_grad():
                 inputs, targets = self._batch(data, np.arange(min(2, len(data))))
                 output = resident.module(inputs)
                 labels = data.known_targets()
@@ -175,10 +175,9 @@ class TorchLearner:
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
-        fields = dataclass_fields(dataclasses.replace(self, model=nn.Identity))
+        fields = dataclass_fields(self)
         left_out = ("devices", "eval_batch_size")
-        kept = {name: value for name, value in fields.items() if name not in left_out}
-        return {"name": type(self).__name__, **kept, "model": describe(self.model)}
+        return {"name": type(self).__name__, **{name: fields[name] for name in fields if name not in left_out}}
 
     @cached_property
     def device(self) -> torch.device:
@@ -253,7 +252,7 @@ class _Tally:
 
     def add(self, means: Mapping[str, Tensor], examples: int) -> None:
         for name, mean in means.items():
-            share = mean.detach().double() * examples
+            share = mean.detach().double().reshape(()) * examples
             self._sums[name] = self._sums[name] + share if name in self._sums else share
         self._examples += examples
 

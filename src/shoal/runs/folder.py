@@ -181,7 +181,7 @@ def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[s
         )
     if not resume:
         raise RunFolderError(f"{path} holds this run already: add --resume to go on, or choose another --run-dir")
-    told = ("versions", "platform", "engine")
+    told = ("versions", "platform", "engine", "devices")
     before, now = ({key: part.get("environment", {}).get(key) for key in told} for part in (found, config))
     return [f"{key} was {old} and is now {new}" for key, old, new in _differences(before, now)]
 

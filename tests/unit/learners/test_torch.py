@@ -255,6 +255,28 @@ def test_evaluation_draws_the_same_each_time_and_leaves_the_global_generator():
     assert ours.evaluate(model, samples(9)) == first
 
 
+def test_what_a_module_caches_in_evaluation_can_be_trained_with():
+    class Caching(Mlp):
+        cache = None
+
+        def forward(self, inputs):
+            if self.cache is None:
+                self.cache = torch.ones(FEATURES) * 2  # as rotary embeddings keep their tables
+            return super().forward(inputs * self.cache)
+
+    ours = learner(Caching)
+    ours.check(samples(4))
+    ours.evaluate(ours._resident.state(), samples(4))
+    update = ours.fit(Broadcast(round=1, model=ours._resident.state()), samples(4), np.random.default_rng(0))
+    assert trees.norm(update.delta) > 0
+
+
+def test_a_loss_of_one_element_is_as_good_as_a_scalar():
+    ours = learner(loss=lambda output, target: F.cross_entropy(output, target).reshape(1), train_metrics=True)
+    assert_equal(fit(ours, samples(9)).delta, fit(learner(), samples(9)).delta)
+    assert set(ours.evaluate(ours.init(0), samples(9))) == {"loss", "accuracy"}
+
+
 def test_regression_has_no_accuracy_and_other_metrics_are_the_users():
     data = ArrayDataset(np.ones((5, FEATURES), np.float32), np.zeros((5, 2), np.float32))
 
