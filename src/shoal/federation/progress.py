@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -37,14 +38,14 @@ class Progress(Callback):
         self._rounds = self._bars.add_task("round", start=False, told="")
         self._total = 0
         self._told = ""
+        self._said: set[str] = set()
 
     def on_run_start(self, run: RunInfo) -> None:
         """Says what begins, and starts the bar on a terminal."""
         self._total = run.rounds
         who = f"{run.population} clients, {run.cohort} a round, {run.rounds} rounds"
         self._print(f"{run.name}: {who}" + (f", in {run.run_dir}" if run.run_dir else ""))
-        for notice in run.notices:
-            self._print(notice, style="dim")
+        self._say(run.notices)
         if self._console.is_terminal:
             self._bars.update(self._rounds, total=run.rounds, completed=run.first_round - 1)
             self._bars.start_task(self._rounds)
@@ -64,12 +65,17 @@ class Progress(Callback):
         """Shows the final table."""
         self._bars.stop()
         self._console.print(_final_table(result), highlight=False, soft_wrap=True)
-        for notice in result.notices:
-            self._print(notice, style="dim")
+        self._say(result.notices)
 
     def close(self) -> None:
         """Gives the terminal back."""
         self._bars.stop()
+
+    def _say(self, notices: Sequence[str]) -> None:
+        for notice in notices:
+            if notice not in self._said:
+                self._print(notice, style="dim")
+                self._said.add(notice)
 
     def _print(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from shoal.federation.preparation import Plan, partition_picture, prepare
 from shoal.federation.result import FederationResult
 from shoal.federation.storage import RunStorage, environment
 from shoal.learners.base import Learner
-from shoal.runs import RunFolder
+from shoal.runs import RunFolder, require_tensorboard
 
 
 def federate(
@@ -104,6 +104,8 @@ def run_experiment(
 
 def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:
     experiment = plan.experiment
+    if experiment.tensorboard:
+        require_tensorboard()
     config = {
         "identity": plan.identity,
         "options": experiment.options(),

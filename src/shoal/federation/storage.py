@@ -111,10 +111,9 @@ class RunStorage:
             return None
 
     def open_tensorboard(self, wanted: bool | None, first_round: int) -> None:
-        """Starts TensorBoard events; events of rounds that are run again replace the old ones.
+        """Starts TensorBoard events, or leaves a notice where the library is missing and they were not asked for.
 
-        Raises:
-            MissingExtraError: They were asked for and ``tensorboardX`` is not installed.
+        Events of rounds that are run again replace the old ones.
         """
         if self.folder is None or wanted is False:
             return

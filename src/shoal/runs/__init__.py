@@ -5,7 +5,7 @@ from shoal.runs.files import write_json
 from shoal.runs.folder import RunData, RunFolder, read_run
 from shoal.runs.metrics import TIME_KEYS, MetricsLog, read_metrics
 from shoal.runs.report import write_report
-from shoal.runs.trackers import TensorBoardTracker, Tracker
+from shoal.runs.trackers import TensorBoardTracker, Tracker, require_tensorboard
 
 __all__ = [
     "TIME_KEYS",
@@ -18,6 +18,7 @@ __all__ = [
     "Tracker",
     "read_metrics",
     "read_run",
+    "require_tensorboard",
     "save_model",
     "write_json",
     "write_report",

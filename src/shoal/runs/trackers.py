@@ -22,6 +22,18 @@ class Tracker(Protocol):
         ...  # pragma: no cover
 
 
+def require_tensorboard() -> None:
+    """Makes sure that TensorBoard events can be written.
+
+    Raises:
+        MissingExtraError: ``tensorboardX`` is not installed.
+    """
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("tensorboardX", purpose="write TensorBoard events", extra="tracking") from error
+
+
 class TensorBoardTracker:
     """Writes TensorBoard events.
 
@@ -35,10 +47,9 @@ class TensorBoardTracker:
     """
 
     def __init__(self, folder: Path, *, first_round: int = 1) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError("tensorboardX", purpose="write TensorBoard events", extra="tracking") from error
+        require_tensorboard()
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(
             str(folder),
             purge_step=first_round if first_round > 1 else None,

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import sys
 import traceback
 import typing
 
@@ -13,7 +14,7 @@ import torch
 import shoal
 from shoal.data import ArrayDataset, Population
 from shoal.engines import ClientResult
-from shoal.errors import ClientError, ConfigurationError, DataError, NonFiniteError
+from shoal.errors import ClientError, ConfigurationError, DataError, MissingExtraError, NonFiniteError
 from shoal.federation.experiment import Settings
 from support import Failing, Mlp, assert_equal, learner, population, samples
 
@@ -298,6 +299,17 @@ def test_the_signature_of_federate_holds_every_setting_of_an_experiment():
     defaults = {name: p.default for name, p in inspect.signature(shoal.federate).parameters.items() if name in fields}
     for name in ("cohort", "engine", "seed", "name", "evaluate"):
         assert defaults[name] == fields[name].default
+
+
+def test_without_extras_a_run_goes_on_with_a_notice_unless_they_were_asked_for(tmp_path, monkeypatch):
+    for package in ("tensorboardX", "plotly"):
+        monkeypatch.setitem(sys.modules, package, None)
+    result = federate(run_dir=tmp_path / "run")
+    assert [notice.partition(":")[0] for notice in result.notices] == ["no TensorBoard events", "no report"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"model.safetensors", "metrics.jsonl"}
+    with pytest.raises(MissingExtraError, match=r"pip install 'shoal\[tracking\]'"):
+        federate(run_dir=tmp_path / "other", tensorboard=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_report_without_a_folder_is_refused():
