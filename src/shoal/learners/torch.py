@@ -244,21 +244,22 @@ class _LocalStep:
 
 
 class _Tally:
-    """Means over examples, summed on the device and read from it once."""
+    """Means over examples; batch by batch they stay on the device, and are summed and read from it once."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._examples = 0
+        self._means: dict[str, list[Tensor]] = {}
+        self._examples: list[int] = []
 
     def add(self, means: Mapping[str, Tensor], examples: int) -> None:
         for name, mean in means.items():
-            share = mean.detach().double().reshape(()) * examples
-            self._sums[name] = self._sums[name] + share if name in self._sums else share
-        self._examples += examples
+            self._means.setdefault(name, []).append(mean.detach())
+        self._examples.append(examples)
 
     def means(self) -> dict[str, float]:
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {name: value / self._examples for name, value in zip(self._sums, values, strict=True)}
+        batches = torch.stack([torch.stack(means).flatten().double() for means in self._means.values()])
+        weights = torch.tensor(self._examples, dtype=torch.float64, device=batches.device)
+        values = (batches @ weights / weights.sum()).tolist()
+        return dict(zip(self._means, values, strict=True))
 
 
 def _are_class_indices(output: Any, targets: Tensor) -> bool:
