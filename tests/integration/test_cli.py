@@ -206,6 +206,8 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, ex
         (["report", "gone"], "there is no run folder gone"),
         (["report", "."], "is no run folder: it has no config.json"),
         (["demo", "--run-dir", "gone", "--resume"], "there is no run to resume in gone"),
+        (["demo", "--data-dir", "x"], "unknown setting 'data_dir'"),
+        (["federate", "cifar10", "--data-dir", "."], "cifar-10-python.tar.gz cannot be downloaded"),
         (["demo", "--run-dir", "."], "holds other things (empty.py, …) and no run"),
     ],
 )

@@ -26,6 +26,7 @@ Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
 Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
 Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
 Set = Annotated[
@@ -42,12 +43,14 @@ def federate(
     engine: Engine = None,
     device: Device = None,
     seed: Seed = None,
+    data_dir: DataDir = None,
     run_dir: RunDir = None,
     resume: Resume = False,
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
-    options = {"rounds": rounds, "cohort": cohort, "clients": clients, "engine": engine, "seed": seed}
+    options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
+    options |= {"engine": engine, "seed": seed, "data_dir": data_dir}
     _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
 
 
@@ -64,7 +67,7 @@ demo.__annotations__ = {option.name: option.annotation for option in _options}
 
 def _run(
     name: str,
-    options: dict[str, int | str | None],
+    options: dict[str, object],
     pairs: list[str],
     *,
     device: str | None,
