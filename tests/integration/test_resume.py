@@ -69,7 +69,7 @@ def test_sigkill_at_random_moments_changes_nothing(spawn, uninterrupted, tmp_pat
         while True:  # until this folder's run is complete
             child = spawn(folder, resume=(folder / "config.json").exists())
             if kills < KILLS:
-                child.join(chance.uniform(0.02, duration / 2))
+                child.join(chance.uniform(0.02, duration))
                 child.kill()
             child.join(120)
             assert child.exitcode in (0, -signal.SIGKILL)

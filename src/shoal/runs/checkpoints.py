@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from shoal import trees
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ConfigurationError
 from shoal.runs.files import storing, sync_file, sync_folder, write_json
 from shoal.types import Array, Params
 
@@ -63,11 +64,14 @@ class Checkpoints:
 
         Raises:
             StorageError: The disk is full or refuses; the checkpoints before are whole.
+            ConfigurationError: safetensors has no such dtype, for instance numpy's complex128.
         """
         target = self._path(round)
         temporary = self._folder / f"{UNFINISHED}{target.name}"
         with storing(target):
-            self._folder.mkdir(exist_ok=True)
+            if not self._folder.exists():
+                self._folder.mkdir()
+                sync_folder(self._folder.parent)
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             try:
@@ -173,7 +177,8 @@ def save_model(path: Path, tensors: Params, metadata: Mapping[str, str]) -> None
     """Writes a flat tree of arrays as safetensors, whole or not at all.
 
     Raises:
-        StorageError: The disk is full or refuses.
+        StorageError: The disk is full or refuses; a model that was there before is still there, whole.
+        ConfigurationError: safetensors has no such dtype, for instance numpy's complex128.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with storing(path):
@@ -208,13 +213,15 @@ def _writer(tensors: Params) -> Callable[[dict[str, str] | None, Path], None]:
 
 @contextlib.contextmanager
 def _as_os_error() -> Iterator[None]:
-    """The format's writer tells of a full disk in an error of its own."""
+    """The format's writer tells of a full disk in an error of its own, with the number as text."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise OSError(str(error)) from error
+        if code := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
+        raise ConfigurationError(f"the arrays cannot be saved as safetensors: {error}") from error
 
 
 def _umask() -> int:

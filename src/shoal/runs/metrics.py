@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoal.runs.files import storing, write_atomic
+from shoal.runs.files import storing, sync_folder, write_atomic
 
 TIME_KEYS = frozenset({"seconds", "clients_per_second", "elapsed"})
 """The keys whose values are measured times; two equal runs agree in all others."""
@@ -38,6 +38,8 @@ class MetricsLog:
                 stream.write(line.encode() + b"\n")
                 stream.flush()
                 os.fsync(stream.fileno())
+                if start == 0:
+                    sync_folder(self._path.parent)  # the file itself is new
             except OSError:
                 os.ftruncate(stream.fileno(), start)  # no half of a line stays
                 raise
@@ -46,26 +48,26 @@ class MetricsLog:
         """Removes the records of later rounds, and a last line that a crash has torn."""
         if not self._path.exists():
             return
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = self._path.read_bytes().splitlines(keepends=True)
         kept = [line for line in lines if (record := _parsed(line)) is not None and record["round"] <= last_round]
         if kept != lines:
-            write_atomic(self._path, "".join(kept))
+            write_atomic(self._path, b"".join(kept))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file, without a last line that a crash has torn; none where there is no file."""
     if not path.exists():
         return []
-    records = (_parsed(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True))
+    records = (_parsed(line) for line in path.read_bytes().splitlines(keepends=True))
     return [record for record in records if record is not None]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    if not line.endswith("\n"):
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
         return None
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:  # no JSON, or no text: a power cut may leave any bytes
         return None
     return record if isinstance(record, dict) and "round" in record else None
 

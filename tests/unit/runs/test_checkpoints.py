@@ -3,14 +3,17 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ConfigurationError, StorageError
 from shoal.runs import Checkpoints, save_model
-from shoal.runs.checkpoints import save_tensors
+from shoal.runs.checkpoints import _as_os_error, save_tensors
+from shoal.runs.files import storing
 from support import assert_equal
 
 SHARED = torch.arange(12.0).reshape(3, 4)
@@ -149,7 +152,10 @@ def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint_and_its_best(tmp_
     for _ in range(25):
         child = context.Process(target=save_for_ever, args=(tmp_path, latest), daemon=True)
         child.start()
-        child.join(chance.uniform(0.05, 0.25))
+        deadline = time.monotonic() + 30
+        while not (tmp_path / f"round-{latest + 1:06d}").exists() and time.monotonic() < deadline:
+            child.join(0.005)  # a loaded machine starts it late
+        child.join(chance.uniform(0, 0.1))
         child.kill()
         child.join(10)
         checkpoints = Checkpoints(tmp_path, keep=2)
@@ -177,3 +183,13 @@ def test_a_model_loads_into_a_module_and_is_readable_by_others(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
     save_tensors(tmp_path / "again", module.state_dict())
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_disk_that_fills_while_tensors_are_written_is_called_full(tmp_path):
+    with pytest.raises(StorageError, match="the disk is full"), storing(tmp_path), _as_os_error():
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_dtype_that_the_format_lacks_is_refused(tmp_path):
+    with pytest.raises(ConfigurationError, match="cannot be saved as safetensors"):
+        save_model(tmp_path / "model.safetensors", {"x": np.ones(2, dtype=np.clongdouble)}, {})

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
-from shoal.errors import MissingExtraError
+from shoal.errors import MissingExtraError, StorageError
 from shoal.runs import TensorBoardTracker
 
 
@@ -38,3 +40,12 @@ def test_without_the_package_the_command_is_given(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'shoal\[tracking\]'"):
         TensorBoardTracker(tmp_path)
+
+
+def test_a_full_disk_is_one_line_and_closing_stays_silent():
+    tracker = TensorBoardTracker.__new__(TensorBoardTracker)
+    tracker._path = Path("/dev/full")
+    tracker._writer = RecordWriter("/dev/full")
+    with pytest.raises(StorageError, match=r"^/dev/full could not be written: the disk is full"):
+        tracker.log(1, {"loss": 1.0})
+    tracker.close()
