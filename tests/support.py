@@ -71,7 +71,7 @@ def timeless(path: Path) -> list[str]:
     return [json.dumps({key: value for key, value in record.items() if key not in TIME_KEYS}) for record in records]
 
 
-def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, seed: int = 3) -> None:
+def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, seed: int = 3, engine: str = "sequential") -> None:
     """Runs a small federation with everything that a checkpoint must hold: momentum, buffers, validation, a best."""
     torch.set_num_threads(1)
     shoal.federate(
@@ -79,6 +79,7 @@ def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, seed: int = 3
         population((7, 12, 5, 9, 20, 8, 6, 11)),
         rounds=rounds,
         cohort=4,
+        engine=engine,
         algorithm=shoal.FedAdam(server_lr=0.05),
         seed=seed,
         evaluate=samples(60, seed=9),

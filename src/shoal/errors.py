@@ -6,6 +6,7 @@
     ├── ConfigurationError (ValueError)     what was asked for cannot be; the message says what to type
     │   ├── DataError                       the data themselves are unusable (empty client, NaN, label out of range)
     │   ├── RunFolderError                  the run folder belongs to another configuration or to another process
+    │   ├── CannotStackError                a learner's clients cannot train as one program
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
     ├── ClientError (RuntimeError)          more clients failed than the run allows
     ├── NonFiniteError (ArithmeticError)    the server step would have made the global model NaN or infinite
@@ -35,6 +36,10 @@ class DataError(ConfigurationError):
 
 class RunFolderError(ConfigurationError):
     """A run folder belongs to another configuration, or another process is using it."""
+
+
+class CannotStackError(ConfigurationError):
+    """A learner's clients cannot train as one program and end as they would alone; the message is the reason."""
 
 
 class MissingExtraError(ConfigurationError, ImportError):

@@ -17,6 +17,9 @@ from shoal.types import Array, Params
 
 Framework = Literal["numpy", "torch"]
 
+LARGE = 2**13
+"""From how many numbers on an array's arithmetic takes longer than a call."""
+
 
 def framework(tree: Params) -> Framework:
     """Returns which kind of arrays a tree holds; an empty tree counts as numpy."""
@@ -66,6 +69,32 @@ def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:
         total[name] += widen(array) * scale
 
 
+def add_rows(total: dict[str, Array], stacked: Params, weights: np.ndarray) -> None:
+    """Adds ``Σ weights[k] · stacked[k]`` to ``total`` in place, in float64.
+
+    The rows are added one after the other, so that in how many pieces they come makes no difference to the last bit.
+
+    Args:
+        total: Float64, contiguous.
+        stacked: The names of ``total``; each array has one axis more, in front.
+        weights: Shape [k].
+    """
+    for name, rows in stacked.items():
+        sums, flat = total[name].reshape(-1), rows.reshape(len(weights), -1)
+        if len(sums) < LARGE:
+            factors = weights if _is_numpy(rows) else sums.new_tensor(weights)
+            terms = widen(flat) * factors[:, None]
+            terms[0] += sums
+            sums[:] = terms.cumsum(0)[-1]
+            continue
+        for row, weight in zip(flat, weights.tolist(), strict=True):
+            # One row is widened at a time, because all of them at once would not fit the cache.
+            if _is_numpy(row):
+                sums += widen(row) * weight
+            else:
+                sums.add_(widen(row), alpha=weight)
+
+
 def scaled(tree: Params, scale: float) -> dict[str, Array]:
     """Returns ``scale · tree``."""
     return map_trees(lambda array: array * scale, tree)
@@ -99,6 +128,11 @@ def mismatch(tree: Params, reference: Params) -> str | None:
         if tuple(tree[name].shape) != tuple(array.shape):
             return f"{name} has shape {tuple(tree[name].shape)} where {tuple(array.shape)} is expected"
     return None
+
+
+def host(array: Array) -> np.ndarray:
+    """Returns the array as numpy's, after waiting for the device that computes it."""
+    return array if isinstance(array, np.ndarray) else np.asarray(array.detach().cpu())
 
 
 def flatten(trees: Mapping[str, Params], separator: str = "/") -> dict[str, Array]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+import numpy as np
 
 Array: TypeAlias = Any
 """A ``numpy.ndarray`` or a ``torch.Tensor`` on any device. Row 0 uses only what both have in common."""
@@ -69,3 +71,46 @@ class Update:
     """Means over the client's examples, such as ``{"loss": 0.3}``."""
     extras: Mapping[str, Params] = field(default_factory=dict)
     """Further trees that an algorithm asked for, by name; averaged like the delta."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StackedUpdate:
+    """The updates of several clients that trained as one program, each array with the clients on its first axis."""
+
+    delta: Params
+    """Trained parameters after minus before, [clients, …], in the parameters' own dtype, because float64 would be
+    twice the memory; zero where ``finite`` is false."""
+    weights: np.ndarray
+    """Number of examples of each client, shape [clients], > 0."""
+    buffers: Params = field(default_factory=dict)
+    """The same difference for the model's buffers."""
+    metrics: Mapping[str, Array] = field(default_factory=dict)
+    """Means over each client's examples, [clients] each; they may be on a device that is still computing them."""
+    finite: Array
+    """Whether a client's delta and buffers hold neither NaN nor infinity, [clients]; on the same device."""
+
+    def row(self, index: int) -> Update:
+        """Returns one client's update, whose arrays are cut out when they are asked for."""
+        return Update(
+            delta=_Row(self.delta, index),
+            weight=float(self.weights[index]),
+            buffers=_Row(self.buffers, index),
+            metrics=_Row(self.metrics, index),
+        )
+
+
+class _Row(Mapping[str, Array]):
+    """One client's part of a stacked tree."""
+
+    def __init__(self, stacked: Params, index: int) -> None:
+        self._stacked = stacked
+        self._index = index
+
+    def __getitem__(self, name: str) -> Array:
+        return self._stacked[name][self._index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stacked)
+
+    def __len__(self) -> int:
+        return len(self._stacked)

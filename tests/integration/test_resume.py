@@ -93,10 +93,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(spawn, uninterrupted, tmp_
     assert_same_run(folder, reference)
 
 
-def test_more_rounds_after_the_end_equal_as_many_at_once(tmp_path):
-    run_in_folder(str(tmp_path / "at once"), resume=False, rounds=9)
-    run_in_folder(str(tmp_path / "in two"), resume=False, rounds=4)
-    run_in_folder(str(tmp_path / "in two"), resume=True, rounds=9)
+@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+def test_more_rounds_after_the_end_equal_as_many_at_once(engine, tmp_path):
+    run_in_folder(str(tmp_path / "at once"), resume=False, rounds=9, engine=engine)
+    run_in_folder(str(tmp_path / "in two"), resume=False, rounds=4, engine=engine)
+    run_in_folder(str(tmp_path / "in two"), resume=True, rounds=9, engine=engine)
     at_once, in_two = (tmp_path / name for name in ("at once", "in two"))
     last = "checkpoints/round-000009/state.safetensors"
     assert (at_once / last).read_bytes() == (in_two / last).read_bytes()

@@ -10,7 +10,10 @@ import torch
 from torch.nn import functional as F
 
 import shoal
-from shoal.data import Population
+from models import CLASSES as SCORES
+from models import MODELS, SHAPE
+from shoal.data import ArrayDataset, Population
+from shoal.engines import VectorizedEngine
 from shoal.federation.cohorts import sample_cohort
 from shoal.learners.batches import batch_indices
 from shoal.randomness import generator
@@ -51,7 +54,7 @@ def test_one_client_is_plain_training_exactly(model, optimizer):
     """Ten rounds of one epoch are ten epochs of the plain loop whose optimizer starts anew with each."""
     data = samples(30)
     ours = learner(model, optimizer=optimizer, batch_size=8)
-    result = shoal.federate(ours, [data], rounds=10, seed=4)
+    result = shoal.federate(ours, [data], rounds=10, seed=4, engine="sequential")
     module = seeded(model, 4).train()
     for number in range(1, 11):
         made = optimizer(module.parameters())
@@ -97,3 +100,29 @@ def test_clients_given_one_by_one_are_the_partition_of_the_whole():
     assert_equal(
         shoal.federate(ours, apart, rounds=3, cohort=2).params, shoal.federate(ours, clients, rounds=3, cohort=2).params
     )
+
+
+def images(sizes):
+    rng = np.random.default_rng(0)
+    data = ArrayDataset(rng.normal(size=(sum(sizes), *SHAPE)).astype(np.float32), rng.integers(SCORES, size=sum(sizes)))
+    return Population(data, np.arange(len(data)), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def stacked(model, clients, block_size):
+    momentum = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    ours = shoal.TorchLearner(MODELS[model], loss=F.cross_entropy, optimizer=momentum, batch_size=4)
+    return shoal.federate(ours, clients, rounds=8, cohort=8, engine=VectorizedEngine(block_size=block_size)).params
+
+
+@pytest.mark.parametrize("model", ["logistic", "mlp", "cnn", "group_norm", "transformer", "lstm"])
+def test_the_block_size_makes_no_difference_to_the_last_bit(model):
+    clients = images((9,) * 11)
+    expected = stacked(model, clients, 8)
+    for size in (1, 3, None):
+        assert_equal(stacked(model, clients, size), expected)
+
+
+@pytest.mark.parametrize("model", ["batch_norm", "cnn"])
+def test_where_it_would_the_size_is_not_left_to_chance(model):
+    clients = images((9, 13, 6, 12, 12, 9, 2, 13, 8, 7))
+    assert_equal(stacked(model, clients, None), stacked(model, clients, 20))

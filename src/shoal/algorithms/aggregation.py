@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from shoal import trees
-from shoal.types import Array, ModelState, Params, Update
+from shoal.types import Array, ModelState, Params, StackedUpdate, Update
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +53,22 @@ class WeightedSum:
         for name, tree in update.extras.items():
             trees.add_scaled(self._extras.setdefault(name, trees.zeros(tree)), tree, weight)
         self.clients += 1
+        self.weight += weight
+
+    def add_stacked(self, updates: StackedUpdate, weights: np.ndarray) -> None:
+        """Adds the updates of several clients.
+
+        Args:
+            updates: Those that are not finite must be zero.
+            weights: Their shares in the mean before normalisation, shape [clients]; not yet in the sum of the weights,
+                because which of the updates count may be known only when the device is done: see :meth:`count`.
+        """
+        trees.add_rows(self._delta, updates.delta, weights)
+        trees.add_rows(self._buffers, updates.buffers, weights)
+
+    def count(self, clients: int, weight: float) -> None:
+        """Takes updates that :meth:`add_stacked` has added into the number of clients and the sum of the weights."""
+        self.clients += clients
         self.weight += weight
 
     def mean(self) -> Aggregate:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
 from shoal.data import Dataset
 from shoal.learners.base import Learner
-from shoal.types import Broadcast, Update
+from shoal.randomness import generator
+from shoal.types import Broadcast, StackedUpdate, Update
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class ClientTask:
     """One client's part in a round."""
 
@@ -21,8 +22,14 @@ class ClientTask:
     """The client's index in the population."""
     data: Dataset
     """Its training examples."""
-    rng: np.random.Generator
-    """Its randomness in this round."""
+    seed: int
+    """The run's seed."""
+    round: int
+    """The number of the round."""
+
+    def rng(self) -> np.random.Generator:
+        """Returns the client's randomness in this round, from its beginning: a second try draws the same numbers."""
+        return generator(self.seed, "fit", round=self.round, client=self.client)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,15 +44,50 @@ class ClientResult:
     """What stopped it, with its traceback."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockResult:
+    """What came of several clients' tasks that ran as one program.
+
+    It is to be read before the next result is asked for, whose memory may be the same.
+    """
+
+    clients: Sequence[int]
+    """The clients' indices in the population, in the order of the updates' rows."""
+    updates: StackedUpdate
+    """What they sent back; nothing of it need have been computed yet, if it is on a device of its own."""
+
+
+Result: TypeAlias = ClientResult | BlockResult
+
+
 class Engine(Protocol):
-    """Runs the tasks of a cohort. Results may come in any order; the sum does not depend on it beyond rounding."""
+    """Runs the tasks of a cohort. Results may come in any order; the sum does not depend on it beyond rounding.
+
+    An engine is opened, runs cohorts, and is closed. It may be opened again.
+    """
 
     name: str
     """The engine's name in configurations and messages."""
 
-    def run(self, learner: Learner, broadcast: Broadcast, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
-        """Yields one result for each task, and holds no more of them than it must.
+    def open(self, learner: Learner, dataset: Dataset) -> None:
+        """Makes ready for rounds. Called before the learner touches a device.
+
+        Args:
+            learner: Trains the clients.
+            dataset: All samples; the tasks' data are parts of it.
+
+        Raises:
+            ConfigurationError: The engine cannot run here.
+        """
+        ...  # pragma: no cover
+
+    def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[Result]:
+        """Yields what becomes of each task, and holds no more of it than it must.
 
         A client's exception becomes its result. Only what stops the whole program, such as Ctrl-C, is raised.
         """
+        ...  # pragma: no cover
+
+    def close(self) -> None:
+        """Lets go of processes, files and memory; without effect on an engine that is not open."""
         ...  # pragma: no cover

@@ -4,27 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shoal.data import Dataset
 from shoal.engines.base import Engine
 from shoal.engines.sequential import SequentialEngine
-from shoal.errors import unknown_name
+from shoal.engines.vectorized import VectorizedEngine
+from shoal.errors import CannotStackError, unknown_name
+from shoal.learners.base import Learner
 
-ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine, "vectorized": VectorizedEngine}
 """The engines by the names that configurations and the command line know."""
 
 
-def choose_engine(engine: str | Engine) -> tuple[Engine, str]:
-    """Returns the engine that a name means, and one line that says which it is and why.
+def choose_engine(engine: str | Engine, learner: Learner, dataset: Dataset) -> tuple[Engine, str]:
+    """Returns the engine that a name means, opened, and one line that says which it is and why.
 
     Args:
         engine: A name from :data:`ENGINES`, ``"auto"``, or an engine of the user's own.
+        learner: What it is to run.
+        dataset: All samples.
 
     Raises:
-        ConfigurationError: No engine has that name.
+        ConfigurationError: No engine has that name, or it cannot run here.
     """
-    if not isinstance(engine, str):
-        return engine, f"engine {engine.name}: given"
     if engine == "auto":
-        return SequentialEngine(), "engine sequential: it holds any learner"
-    if engine not in ENGINES:
-        raise unknown_name("engine", engine, ["auto", *ENGINES])
-    return ENGINES[engine](), f"engine {engine}: asked for"
+        return _fastest(learner, dataset)
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise unknown_name("engine", engine, ["auto", *ENGINES])
+        made, why = ENGINES[engine](), "asked for"
+    else:
+        made, why = engine, "given"
+    made.open(learner, dataset)
+    return made, f"engine {made.name}: {why}"
+
+
+def _fastest(learner: Learner, dataset: Dataset) -> tuple[Engine, str]:
+    vectorized = VectorizedEngine()
+    try:
+        vectorized.trainer(learner, dataset)
+    except CannotStackError as error:
+        return SequentialEngine(), f"engine sequential: {error}"
+    return vectorized, "engine vectorized: the clients' models can be stacked, and end as they would one by one"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
+from shoal.data import Dataset
 from shoal.engines.base import ClientResult, ClientTask
 from shoal.learners.base import Learner
 from shoal.types import Broadcast
@@ -14,13 +15,20 @@ class SequentialEngine:
 
     name = "sequential"
 
-    def run(self, learner: Learner, broadcast: Broadcast, tasks: Iterable[ClientTask]) -> Iterator[ClientResult]:
-        """Yields the results in the order of the tasks."""
-        for task in tasks:
-            yield self._attempt(learner, broadcast, task)
+    def open(self, learner: Learner, dataset: Dataset) -> None:
+        """Does nothing: the learner holds what there is."""
 
-    def _attempt(self, learner: Learner, broadcast: Broadcast, task: ClientTask) -> ClientResult:
-        try:
-            return ClientResult(client=task.client, update=learner.fit(broadcast, task.data, task.rng))
-        except Exception as error:
-            return ClientResult(client=task.client, error=error)
+    def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+        """Yields the results in the order of the tasks."""
+        return (attempt(learner, broadcast, task) for task in tasks)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def attempt(learner: Learner, broadcast: Broadcast, task: ClientTask) -> ClientResult:
+    """Fits one client here and now; its exception becomes its result."""
+    try:
+        return ClientResult(client=task.client, update=learner.fit(broadcast, task.data, task.rng()))
+    except Exception as error:
+        return ClientResult(client=task.client, error=error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,11 +43,11 @@ class ClientShards:
         self._validation = validation
         self._seed = seed
 
-    def tasks(self, cohort: list[int], *, round: int) -> Iterator[ClientTask]:
-        """Yields the tasks of a round, made one by one."""
-        for client in cohort:
-            rng = generator(self._seed, "fit", round=round, client=client)
-            yield ClientTask(client=client, data=self.training(client), rng=rng)
+    def tasks(self, cohort: Sequence[int], *, round: int) -> list[ClientTask]:
+        """Returns the tasks of a round."""
+        return [
+            ClientTask(client=client, data=self.training(client), seed=self._seed, round=round) for client in cohort
+        ]
 
     def training(self, client: int) -> Dataset:
         """Returns the examples that the client trains on."""

@@ -46,7 +46,7 @@ class Plan:
 
 
 def prepare(experiment: Experiment) -> Plan:
-    """Checks an experiment against its data and makes what its rounds need.
+    """Checks an experiment against its data and makes what its rounds need; the plan's engine is open.
 
     Raises:
         ConfigurationError: The cohort is larger than the population, or a name does not exist.
@@ -54,8 +54,16 @@ def prepare(experiment: Experiment) -> Plan:
             model does not take the data.
     """
     population = _population(experiment.clients)
-    engine, choice = choose_engine(experiment.engine)
     population.check()
+    engine, choice = choose_engine(experiment.engine, experiment.learner, population.dataset)
+    try:
+        return _prepare(experiment, population, engine, choice)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _prepare(experiment: Experiment, population: Population, engine: Engine, choice: str) -> Plan:
     cohort = len(population) if experiment.cohort is None else experiment.cohort
     sample_cohort(len(population), cohort, seed=experiment.seed, round=1)
     held_out = None if experiment.evaluate is None else as_dataset(experiment.evaluate)

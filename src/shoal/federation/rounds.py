@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shoal import trees
-from shoal.algorithms import ServerState, WeightedSum
-from shoal.engines import ClientResult
+from shoal.algorithms import ServerState
+from shoal.engines import CohortSum, Outcome
 from shoal.errors import ClientError, NonFiniteError
 from shoal.federation.callbacks import Callback
 from shoal.federation.cohorts import sample_cohort
 from shoal.federation.evaluation import ClientMetrics
 from shoal.federation.preparation import Plan
-from shoal.types import ModelState, Update
 
 logger = logging.getLogger("shoal")
 
@@ -31,56 +29,67 @@ def train_round(plan: Plan, state: ServerState, callbacks: Sequence[Callback]) -
     broadcast = method.broadcast(state)
     number = broadcast.round
     cohort = sample_cohort(len(plan.shards.population), plan.cohort, seed=plan.experiment.seed, round=number)
-    total, training = WeightedSum(state.model), ClientMetrics("train")
-    failed: list[int] = []
+    summed = CohortSum(state.model, method.weight)
+    ends = _Ends(plan, number, callbacks)
     for result in plan.engine.run(plan.experiment.learner, broadcast, plan.shards.tasks(cohort, round=number)):
-        update = _usable(result, state.model)
-        if isinstance(update, Update):
-            total.add(update, method.weight(update))
-            training.add(update.metrics, update.weight)
-        else:
-            failed.append(result.client)
-            _tolerate(plan, number, result.client, error=update, failures=len(failed))
-        for callback in callbacks:
-            callback.on_client_end(number, result.client, None if isinstance(update, Update) else update)
-    if total.clients == 0:
+        ends.note(summed.add(result))
+    ends.note(summed.settle())
+    if summed.total.clients == 0:
         raise ClientError(f"all {len(cohort)} clients of round {number} failed: there is nothing to average")
-    after = _checked(method.step(state, total.mean()))
+    after = _checked(method.step(state, summed.total.mean()))
     record = {
         "round": after.round,
-        "clients": total.clients,
-        "failed": sorted(failed),
-        "examples": int(training.weight),
-        **training.summary(),
+        "clients": summed.total.clients,
+        "failed": sorted(summed.failures),
+        "examples": int(sum(summed.examples.values())),
+        **_training(summed).summary(),
         "bytes_down": len(cohort) * trees.nbytes(state.model.merged()),
-        "bytes_up": total.clients * (trees.nbytes(state.model.params) + trees.nbytes(state.model.buffers)),
+        "bytes_up": summed.total.clients * (trees.nbytes(state.model.params) + trees.nbytes(state.model.buffers)),
     }
     return after, record
 
 
-def _usable(result: ClientResult, model: ModelState) -> Update | Exception:
-    """Returns the result's update if the sum may take it, else what is wrong."""
-    update = result.update
-    if update is None:
-        return result.error or ClientError("the engine returned neither an update nor an error")
-    for part, tree, expected in (("delta", update.delta, model.params), ("buffers", update.buffers, model.buffers)):
-        if difference := trees.mismatch(tree, expected):
-            return ClientError(f"the update's {part} {difference}")
-        if not trees.all_finite(tree):
-            return ClientError(f"the update's {part} holds NaN or infinity: try a smaller learning rate, or clip_norm")
-    if not (math.isfinite(update.weight) and update.weight > 0):
-        return ClientError(f"the update's weight is {update.weight}, and must be a number > 0")
-    return update
+class _Ends:
+    """Tells the callbacks of each client's end, and stops a round in which too many failed.
+
+    Args:
+        plan: Says how many may fail.
+        number: The round.
+        callbacks: Told of each client.
+    """
+
+    def __init__(self, plan: Plan, number: int, callbacks: Sequence[Callback]) -> None:
+        self._plan = plan
+        self._number = number
+        self._callbacks = callbacks
+        self._failures = 0
+
+    def note(self, outcomes: Iterable[Outcome]) -> None:
+        """Takes what became of some clients."""
+        for client, error in outcomes:
+            if error is not None:
+                self._failures += 1
+                self._tolerate(client, error)
+            for callback in self._callbacks:
+                callback.on_client_end(self._number, client, error)
+
+    def _tolerate(self, client: int, error: Exception) -> None:
+        """Warns of a failed client, or raises if it is one too many."""
+        name = self._plan.shards.population.name(client)
+        what = f"{name} failed in round {self._number}: {type(error).__name__}: {error}"
+        allowed = self._plan.experiment.max_failures
+        if self._failures > allowed:
+            limit = f"{allowed} failures a round are allowed" if allowed else "no failure is allowed"
+            raise ClientError(f"{what} ({limit}; max_failures sets how many)") from error
+        logger.warning("%s; left out of the round (%d of at most %d)", what, self._failures, allowed)
 
 
-def _tolerate(plan: Plan, number: int, client: int, *, error: Exception, failures: int) -> None:
-    """Warns of a failed client, or raises if it is one too many."""
-    what = f"{plan.shards.population.name(client)} failed in round {number}: {type(error).__name__}: {error}"
-    allowed = plan.experiment.max_failures
-    if failures > allowed:
-        limit = f"{allowed} failures a round are allowed" if allowed else "no failure is allowed"
-        raise ClientError(f"{what} ({limit}; max_failures sets how many)") from error
-    logger.warning("%s; left out of the round (%d of at most %d)", what, failures, allowed)
+def _training(summed: CohortSum) -> ClientMetrics:
+    """Returns the clients' metrics, in the clients' order whatever the order of the results was."""
+    metrics = ClientMetrics("train")
+    for client, examples in sorted(summed.examples.items()):
+        metrics.add({name: column[client] for name, column in summed.metrics.items() if client in column}, examples)
+    return metrics
 
 
 def _checked(state: ServerState) -> ServerState:

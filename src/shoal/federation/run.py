@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -96,10 +97,11 @@ def run_experiment(
         callbacks: Told of what happens.
     """
     plan = prepare(experiment)
-    folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
-    with RunStorage(folder, keep=experiment.keep_checkpoints) as storage:
-        storage.save_partition(partition_picture(plan.shards.population))
-        return FederationLoop(plan, storage, callbacks).run()
+    with contextlib.closing(plan.engine):
+        folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
+        with RunStorage(folder, keep=experiment.keep_checkpoints) as storage:
+            storage.save_partition(partition_picture(plan.shards.population))
+            return FederationLoop(plan, storage, callbacks).run()
 
 
 def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:

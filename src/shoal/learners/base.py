@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from shoal.data import Dataset
 from shoal.devices import Devices
-from shoal.types import Broadcast, ModelState, Params, Update
+from shoal.types import Broadcast, ModelState, Params, StackedUpdate, Update
 
 
 @runtime_checkable
@@ -60,4 +61,62 @@ class Learner(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the learner's numbers, as JSON."""
+        ...  # pragma: no cover
+
+
+class BlockTrainer(Protocol):
+    """Trains several clients as one program."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The ways in which a block can be run, the usual one first."""
+        ...  # pragma: no cover
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
+        ...  # pragma: no cover
+
+    def capacity(self) -> int:
+        """Returns how many clients a block may have at most for its memory, as estimated; at least 1."""
+        ...  # pragma: no cover
+
+    def work(self, examples: int) -> int:
+        """Returns how many samples a client with so many examples sees."""
+        ...  # pragma: no cover
+
+    def padding(self, examples: Sequence[int]) -> float:
+        """Returns the share of a block's computed samples that are padding."""
+        ...  # pragma: no cover
+
+    def fit(
+        self, broadcast: Broadcast, clients: Sequence[tuple[Dataset, np.random.Generator]], variant: str = ...
+    ) -> StackedUpdate:
+        """Trains one block; each client ends as :meth:`Learner.fit` would leave it, but for rounding.
+
+        The update may be in memory that the next block will use: read it before.
+
+        Raises:
+            MemoryError: The block does not fit the device.
+        """
+        ...  # pragma: no cover
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class StackableLearner(Learner, Protocol):
+    """A learner that may be able to train several clients as one program."""
+
+    def stacked(self, dataset: Dataset) -> BlockTrainer:
+        """Returns what does so.
+
+        Args:
+            dataset: Some of its samples are tried.
+
+        Raises:
+            CannotStackError: That would not be exact, or the framework cannot do it; the message names the reason.
+        """
         ...  # pragma: no cover

@@ -19,6 +19,8 @@ from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_indices
 from shoal.learners.torch_devices import computing, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
+from shoal.learners.torch_stackable import find_stacking
+from shoal.learners.torch_stacked import StackedTrainer
 from shoal.types import Broadcast, ModelState, Params, Update
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -98,7 +100,7 @@ class TorchLearner:
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, its arrays on the learner's device."""
         resident = ResidentModel(self.model, self.device, seed)
-        self.__dict__["_resident"] = resident  # the slot of the cached property
+        self.__dict__["resident"] = resident  # the slot of the cached property
         return resident.state()
 
     def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
@@ -116,7 +118,7 @@ class TorchLearner:
         """
         if len(data) == 0:
             raise DataError("there is no example to train on")
-        resident = self._resident
+        resident = self.resident
         resident.load(broadcast.model)
         resident.module.train()
         with seeded(self.device, int(rng.integers(2**63))), computing(self.device, self.devices.threads):
@@ -128,7 +130,7 @@ class TorchLearner:
         """Returns the loss and the metrics, as means over ``data``, with the module in evaluation mode."""
         if len(data) == 0:
             raise DataError("there is no example to evaluate on")
-        resident = self._resident
+        resident = self.resident
         resident.load(model)
         resident.module.eval()
         tally = _Tally()
@@ -136,7 +138,7 @@ class TorchLearner:
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 output = resident.module(inputs)
-                tally.add({"loss": self.loss(output, targets), **self._measure(output, targets)}, len(inputs))
+                tally.add({"loss": self.loss(output, targets), **self.measure(output, targets)}, len(inputs))
         return tally.means()
 
     def check(self, data: Dataset) -> None:
@@ -145,7 +147,7 @@ class TorchLearner:
         Raises:
             DataError: The model or the loss does not take the data, or a label has no output.
         """
-        resident = self._resident
+        resident = self.resident
         resident.module.eval()
         try:
             with seeded(self.device, 0), torch.no_grad():
@@ -167,7 +169,18 @@ class TorchLearner:
 
     def state_dict(self, model: ModelState) -> Params:
         """Returns the arrays as ``Module.load_state_dict`` takes them, tied weights under each of their names."""
-        return self._resident.state_dict(model)
+        return self.resident.state_dict(model)
+
+    def stacked(self, dataset: Dataset) -> StackedTrainer:
+        """Returns what trains several clients as one program.
+
+        Args:
+            dataset: Some of its samples are tried.
+
+        Raises:
+            CannotStackError: That would not be exact, or torch cannot do it; the message names the reason.
+        """
+        return StackedTrainer(self, find_stacking(self, dataset))
 
     def on(self, devices: Devices) -> Self:
         """Returns the same learner on other devices."""
@@ -185,7 +198,8 @@ class TorchLearner:
         return resolve(self.devices)
 
     @cached_property
-    def _resident(self) -> ResidentModel:
+    def resident(self) -> ResidentModel:
+        """The one module on the device that all clients pass through."""
         return ResidentModel(self.model, self.device, seed=0)
 
     def _train(
@@ -197,7 +211,7 @@ class TorchLearner:
         for indices in order:
             inputs, targets = self._batch(data, indices)
             loss, output = step.take(inputs, targets)
-            measured = self._measure(output, targets) if self.train_metrics else {}
+            measured = self.measure(output, targets) if self.train_metrics else {}
             tally.add({"loss": loss, **measured}, len(indices))
         return tally.means()
 
@@ -206,7 +220,8 @@ class TorchLearner:
         return (self.transform(inputs) if self.transform else inputs), targets
 
     @torch.no_grad()
-    def _measure(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
+    def measure(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
+        """Returns the metrics of one batch as scalar tensors."""
         metrics = self.metrics
         if metrics is None:
             metrics = {"accuracy": accuracy} if _are_class_indices(output, targets) else {}
@@ -218,7 +233,7 @@ class _LocalStep:
 
     def __init__(self, learner: TorchLearner, resident: ResidentModel, broadcast: Broadcast) -> None:
         self._learner = learner
-        self._resident = resident
+        self.resident = resident
         self._gradient = ObjectiveGradient(broadcast.objective, resident)
         self._optimizer = learner.optimizer(list(resident.params.values()))
         self._inputs: Any = None
@@ -233,12 +248,12 @@ class _LocalStep:
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
-        output = self._resident.module(self._inputs)
+        output = self.resident.module(self._inputs)
         loss = self._learner.loss(output, self._targets)
         loss.backward()  # type: ignore[no-untyped-call]
         self._gradient.add()
         if self._learner.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._resident.params.values(), self._learner.clip_norm)
+            nn.utils.clip_grad_norm_(self.resident.params.values(), self._learner.clip_norm)
         self._outputs.append(output)
         return loss.detach()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,6 +30,14 @@ def resolve(devices: Devices) -> torch.device:
     if index >= present:
         raise ConfigurationError(f"CUDA device {index} was asked for, but there are {present}: use 0 to {present - 1}")
     return torch.device("cuda", index)
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns how much memory is free on the device, in bytes; what torch has set aside for itself counts."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

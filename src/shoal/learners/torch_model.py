@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from shoal import trees
 from shoal.errors import ConfigurationError
@@ -47,6 +49,7 @@ class ResidentModel:
         self.constants = {name: t for name, t in kept.items() if name not in self.params and name not in self.buffers}
         # Buffers outside the state dict still may change in training; no client may find another's.
         self._transient = [(b, b.clone()) for name, b in buffers.items() if name not in persistent]
+        self._loaded: tuple[Params, list[int]] | None = None
         by_identity = {id(tensor): name for name, tensor in kept.items()}
         self._canonical = {name: by_identity[id(t)] for name, t in persistent.items() if id(t) in by_identity}
 
@@ -59,15 +62,21 @@ class ResidentModel:
     @torch.no_grad()
     def load(self, model: ModelState) -> None:
         """Copies a model's arrays into the module."""
-        for own, given in (
-            (self.params, model.params),
-            (self.buffers, model.buffers),
-            (self.constants, model.constants),
-        ):
+        for own, given in ((self.params, model.params), (self.buffers, model.buffers)):
             for name, tensor in own.items():
                 tensor.copy_(torch.as_tensor(given[name]))
+        self._load_constants(model.constants)
         for tensor, first in self._transient:
             tensor.copy_(first)
+
+    def _load_constants(self, constants: Params) -> None:
+        """Copies what seldom changes, such as a frozen base, only where it is not there already."""
+        same = self._loaded is not None and self._loaded[0] is constants
+        versions = self._loaded[1] if self._loaded is not None else []
+        for index, (name, tensor) in enumerate(self.constants.items()):
+            if not same or _writes(tensor) != versions[index]:
+                tensor.copy_(torch.as_tensor(constants[name]))
+        self._loaded = constants, [_writes(tensor) for tensor in self.constants.values()]
 
     def delta(self, before: ModelState) -> tuple[dict[str, Array], dict[str, Array]]:
         """Returns what training changed in the parameters and in the buffers, in float64."""
@@ -115,6 +124,44 @@ class ObjectiveGradient:
                 parameter.grad.add_(parameter - self._anchor[name], alpha=self._proximal)
 
 
+class BorrowedModule:
+    """A module to be called with arrays of the caller's in place of its own.
+
+    It does what ``torch.func.functional_call`` does in a tenth of the time, which small models feel.
+
+    Args:
+        module: Stays as it is.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        # Recurrent modules keep a second list of their weights, which functional_call knows of.
+        self._plain = not any(isinstance(part, nn.RNNBase) for part in module.modules())
+        self._places: dict[str, list[tuple[dict[str, Tensor | None], str]]] = {}
+        own: dict[int, str] = {}
+        for prefix, part in module.named_modules(remove_duplicate=True):
+            for arrays in (part._parameters, part._buffers):  # noqa: SLF001 - where a module looks its arrays up
+                for name, array in arrays.items():
+                    if array is not None:
+                        # A tied array has several places under the name of the first.
+                        known = own.setdefault(id(array), f"{prefix}.{name}" if prefix else name)
+                        self._places.setdefault(known, []).append((cast("dict[str, Tensor | None]", arrays), name))
+
+    def call(self, arrays: Mapping[str, Tensor], inputs: Any) -> Any:
+        """Returns what the module gives for ``inputs`` with these arrays; the others are its own."""
+        if not self._plain:
+            return functional_call(self._module, dict(arrays), (inputs,))
+        kept = [(place, key, place[key]) for name in arrays for place, key in self._places[name]]
+        try:
+            for name, array in arrays.items():
+                for place, key in self._places[name]:
+                    place[key] = array
+            return self._module(inputs)
+        finally:
+            for place, key, before in kept:
+                place[key] = before
+
+
 @contextmanager
 def seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Seeds torch's generators on the CPU and on ``device``, and restores their states at the end."""
@@ -125,6 +172,11 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def _writes(tensor: Tensor) -> int:
+    """Returns how often the tensor was written in place, as autograd counts it."""
+    return tensor._version  # noqa: SLF001 - torch has no public name for it
 
 
 def _check_parameters(module: nn.Module) -> None:

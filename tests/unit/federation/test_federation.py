@@ -13,13 +13,13 @@ import torch
 
 import shoal
 from shoal.data import ArrayDataset, Population
-from shoal.engines import ClientResult
+from shoal.engines import ClientResult, SequentialEngine
 from shoal.errors import ClientError, ConfigurationError, DataError, MissingExtraError, NonFiniteError
 from shoal.federation.experiment import Settings
 from support import Failing, Mlp, assert_equal, learner, population, samples
 
 
-class Sends:
+class Sends(SequentialEngine):
     """An engine whose clients send what a test says."""
 
     name = "sends"
@@ -29,7 +29,7 @@ class Sends:
 
     def run(self, learner, broadcast, tasks):
         for task in tasks:
-            update = learner.fit(broadcast, task.data, task.rng)
+            update = learner.fit(broadcast, task.data, task.rng())
             yield ClientResult(client=task.client, update=self.change(task.client, update))
 
 
@@ -124,8 +124,9 @@ def test_a_diverging_run_keeps_the_last_good_model(memory, tmp_path):
     with pytest.raises(ClientError, match="round 2"):
         federate(engine=Sends(change), run_dir=run_dir, checkpoint_every=100, tensorboard=False)
     if run_dir:
-        resumed = federate(run_dir=run_dir, resume=True, checkpoint_every=100, tensorboard=False)
-        assert_equal(resumed.params, federate().params)
+        same = {"engine": "sequential", "checkpoint_every": 100, "tensorboard": False}
+        resumed = federate(run_dir=run_dir, resume=True, **same)
+        assert_equal(resumed.params, federate(**same).params)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_lines_for_a_file():
     result, shown = run(terminal=False)
     lines = shown.splitlines()
     assert lines[0] == "a [name]: 5 clients, 5 a round, 3 rounds"
-    assert lines[1] == "engine sequential: it holds any learner"
+    assert lines[1] == "engine vectorized: the clients' models can be stacked, and end as they would one by one"
     for number, record in enumerate(result.history, 1):
         told = f"accuracy {record['accuracy']:.4f} · loss {record['loss']:.4f}"
         assert lines[1 + number].startswith(f"round {number}/3 · {told} · ")

@@ -180,7 +180,7 @@ def test_mixed_dtypes_keep_theirs_and_come_back_exactly():
     after = trees.advance(model.params, update.delta)
     assert {name: p.dtype for name, p in after.items()} == {name: p.dtype for name, p in model.params.items()}
     assert {d.dtype for d in update.delta.values()} == {torch.float64}
-    assert torch.equal(after["low.weight"], ours._resident.params["low.weight"])
+    assert torch.equal(after["low.weight"], ours.resident.params["low.weight"])
 
 
 def test_nothing_of_one_client_is_left_for_the_next():
@@ -266,8 +266,8 @@ def test_what_a_module_caches_in_evaluation_can_be_trained_with():
 
     ours = learner(Caching)
     ours.check(samples(4))
-    ours.evaluate(ours._resident.state(), samples(4))
-    update = ours.fit(Broadcast(round=1, model=ours._resident.state()), samples(4), np.random.default_rng(0))
+    ours.evaluate(ours.resident.state(), samples(4))
+    update = ours.fit(Broadcast(round=1, model=ours.resident.state()), samples(4), np.random.default_rng(0))
     assert trees.norm(update.delta) > 0
 
 

@@ -1,0 +1,130 @@
+"""The cohort as one program: blocks of clients, stacked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+from shoal.data import Dataset
+from shoal.engines.base import BlockResult, ClientResult, ClientTask, Result
+from shoal.engines.blocks import BlockSearch, by_work, next_block
+from shoal.engines.sequential import attempt
+from shoal.errors import CannotStackError, ConfigurationError
+from shoal.learners.base import BlockTrainer, Learner, StackableLearner
+from shoal.types import Broadcast
+
+logger = logging.getLogger("shoal")
+
+FIRST = 20
+"""The block size that the search starts from."""
+
+UNSEARCHED = 20
+"""The block size where last bits depend on it: to try several would make them a matter of chance."""
+
+
+class VectorizedEngine:
+    """Trains blocks of clients as one program each, with their parameters stacked on a first axis.
+
+    Clients of a block have about the same number of samples. The updates are summed on the device.
+
+    Args:
+        block_size: The most clients in a block. None: the fastest is found in the first rounds where a client ends with
+            the same bits in blocks of any size. Where it does not (with BatchNorm; with clients of unequal size, whose
+            padding differs from block to block) it is 20, because equal runs shall end equal.
+
+    Raises:
+        ConfigurationError: The block size is not positive.
+    """
+
+    name = "vectorized"
+
+    def __init__(self, block_size: int | None = None) -> None:
+        if block_size is not None and block_size < 1:
+            raise ConfigurationError(f"block_size must be at least 1, not {block_size}; None finds the fastest")
+        self.block_size = block_size
+        self._trainer: tuple[Learner, BlockTrainer] | None = None
+        self._search: BlockSearch | None = None
+
+    def open(self, learner: Learner, dataset: Dataset) -> None:
+        """Tries two clients.
+
+        Raises:
+            ConfigurationError: The learner's clients cannot be stacked.
+        """
+        try:
+            self.trainer(learner, dataset)
+        except CannotStackError as error:
+            raise ConfigurationError(
+                f"engine 'vectorized' cannot hold this learner: {error}; use engine='auto' or engine='sequential'"
+            ) from error
+
+    def trainer(self, learner: Learner, dataset: Dataset) -> BlockTrainer:
+        """Returns what trains the blocks.
+
+        Raises:
+            CannotStackError: The learner's clients cannot be stacked; the message names the reason.
+        """
+        if self._trainer is None or self._trainer[0] is not learner:
+            if not isinstance(learner, StackableLearner):
+                raise CannotStackError(f"{type(learner).__name__} trains one client at a time")
+            self._trainer, self._search = (learner, learner.stacked(dataset)), None
+        return self._trainer[1]
+
+    @property
+    def settled(self) -> bool:
+        """Whether the block size is found."""
+        return self._search is not None and self._search.choice is not None
+
+    def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[Result]:
+        """Yields a result for each block, those with the most work first."""
+        if not tasks:
+            return
+        trainer = self.trainer(learner, tasks[0].data)
+        search = self._search_for(trainer, tasks)
+        work = [trainer.work(len(task.data)) if len(task.data) else 0 for task in tasks]
+        order, start = by_work(work), 0
+        while start < len(order):
+            size, variant = search.current
+            block = next_block(order, work, start, size)
+            started = time.perf_counter()
+            results = self._attempt(learner, trainer, broadcast, [tasks[index] for index in block], variant)
+            if results is None:
+                search.refuse(len(block))
+                continue
+            if search.choice is None:
+                trainer.synchronize()
+                search.record((time.perf_counter() - started) / max(sum(work[index] for index in block), 1))
+            yield from results
+            start += len(block)
+
+    def close(self) -> None:
+        """Lets go of the device's memory."""
+        self._trainer = None
+
+    def _search_for(self, trainer: BlockTrainer, tasks: Sequence[ClientTask]) -> BlockSearch:
+        """Returns the search that a cohort's blocks take their size from: the run's, where sizes may be tried on it."""
+        most = min(trainer.capacity(), len(tasks))
+        if self.block_size is None and not (trainer.repeatable and len({len(task.data) for task in tasks}) == 1):
+            return BlockSearch(min(most, UNSEARCHED), most, trainer.variants[:1], fixed=True)
+        if self._search is None:
+            fixed = self.block_size is not None
+            self._search = BlockSearch(self.block_size or min(most, FIRST), most, trainer.variants, fixed=fixed)
+        return self._search
+
+    def _attempt(
+        self, learner: Learner, trainer: BlockTrainer, broadcast: Broadcast, tasks: Sequence[ClientTask], variant: str
+    ) -> list[Result] | None:
+        """Returns the results of one block; None where it did not fit the device, and nothing is lost."""
+        try:
+            updates = trainer.fit(broadcast, [(task.data, task.rng()) for task in tasks], variant)
+        except MemoryError as error:
+            if len(tasks) > 1:
+                logger.warning("a block of %d clients does not fit the device: halved", len(tasks))
+                return None
+            return [ClientResult(client=tasks[0].client, error=error)]
+        except Exception as error:
+            # Whose fault it is shows when each trains alone; the others' results are the same.
+            logger.warning("a block failed (%s: %s); its clients train one by one", type(error).__name__, error)
+            return [attempt(learner, broadcast, task) for task in tasks]
+        return [BlockResult(clients=[task.client for task in tasks], updates=updates)]

@@ -1,0 +1,217 @@
+"""A block's batches: which client sees which samples in which step, and their way onto the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.data import ArrayDataset, Dataset, Subset
+from shoal.learners.batches import draw_order
+from shoal.learners.torch_devices import free_memory
+
+RESIDENT_SHARE = 0.4
+"""The share of a device's free memory that a data set may take to be kept there whole."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Clients of a block that make one step together, on batches of one size."""
+
+    starts: np.ndarray
+    """Where each client's batch begins in its own order, shape [clients of the part]."""
+    counts: np.ndarray
+    """How many samples each batch really has, shape [clients of the part]."""
+    rows: list[int] | None
+    """Which clients of the block they are; None for all."""
+
+    @cached_property
+    def width(self) -> int:
+        """The size of the batches, padding included."""
+        return int(self.counts.max())
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether there is padding."""
+        return bool((self.counts < self.width).any())
+
+    def examples(self, device: torch.device) -> Tensor:
+        """Returns how many samples each batch really has, on the device, float64."""
+        return torch.as_tensor(self.counts, dtype=torch.float64, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """All steps of a block."""
+
+    steps: list[list[Part]]
+    """The parts of each step."""
+    examples: np.ndarray
+    """How many samples each client has."""
+    seen: np.ndarray
+    """How many it sees, with repetition, float64."""
+    ends: Mapping[int, list[int]] = field(default_factory=dict)
+    """Which clients make their last step before the block does, by step; and the rest at the last, if there are any."""
+
+    @property
+    def work(self) -> int:
+        """How many samples are computed, padding included."""
+        return sum(part.width * len(part.counts) for parts in self.steps for part in parts)
+
+
+def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: bool) -> Schedule:
+    """Returns how a block of clients goes through its steps.
+
+    Args:
+        sizes: The sizes of each client's batches.
+        examples: How many samples each client has.
+        pads: Whether unequal batches of a step are padded to one size; else each size is a part of its own.
+    """
+    longest = max(len(one) for one in sizes)
+    table = np.zeros((len(sizes), longest), dtype=np.int64)
+    for row, one in enumerate(sizes):
+        table[row, : len(one)] = one
+    starts = np.cumsum(table, axis=1) - table
+    ends: dict[int, list[int]] = {}
+    if any(len(one) < longest for one in sizes):
+        for row, one in enumerate(sizes):
+            ends.setdefault(len(one) - 1, []).append(row)
+    return Schedule(
+        steps=[_parts(table[:, step], starts[:, step], pads=pads) for step in range(longest)],
+        examples=np.asarray(examples),
+        seen=table.sum(axis=1).astype(np.float64),
+        ends=ends,
+    )
+
+
+def _parts(counts: np.ndarray, starts: np.ndarray, *, pads: bool) -> list[Part]:
+    if pads or (counts == counts[0]).all():
+        return [Part(starts, counts, None)]
+    parts = []
+    for size in np.unique(counts[counts > 0]):
+        rows = np.flatnonzero(counts == size)
+        parts.append(Part(starts[rows], counts[rows], rows.tolist()))
+    return parts
+
+
+Batches = Callable[[Part], tuple[Tensor, Tensor, Tensor | None]]
+"""Gives the inputs [clients, n, …], targets [clients, n, …] and masks [clients, n] of a part."""
+
+
+class BlockData:
+    """Brings the clients' samples to the device: from one resident copy of the data set if it fits, else by block.
+
+    Args:
+        device: Where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of: ArrayDataset | None = None
+        self._resident: tuple[Tensor, Tensor] | None = None
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def load(self, clients: Sequence[tuple[Dataset, np.random.Generator]], plan: Schedule) -> Batches:
+        """Draws each client's order, and returns the function that cuts the batches.
+
+        Args:
+            clients: Their samples and generators.
+            plan: The block's steps.
+        """
+        orders = [draw_order(len(data), int(total), rng) for (data, rng), total in zip(clients, plan.seen, strict=True)]
+        datasets = [data for data, _ in clients]
+        source = self._whole(datasets)
+        if source is not None:
+            orders = [
+                data.indices[order] if isinstance(data, Subset) else order
+                for data, order in zip(datasets, orders, strict=True)
+            ]
+        else:
+            source, orders = self._gathered(datasets, orders)
+        return _Cutter(*source, self._table(orders))
+
+    def _table(self, orders: Sequence[np.ndarray]) -> Tensor:
+        """Returns the orders as one table, [clients, longest], each filled up with its first sample."""
+        longest = max(len(order) for order in orders)
+        if all(len(order) == longest for order in orders):
+            return self._to_device(torch.from_numpy(np.stack(orders)))
+        table = np.stack([np.pad(order, (0, longest - len(order)), constant_values=order[0]) for order in orders])
+        return self._to_device(torch.from_numpy(table))
+
+    def _whole(self, datasets: Sequence[Dataset]) -> tuple[Tensor, Tensor] | None:
+        """Returns the one array data set of all clients on the device, if there is one and it fits."""
+        bases = {id(base): base for base in (d.dataset if isinstance(d, Subset) else d for d in datasets)}
+        base = next(iter(bases.values()))
+        if len(bases) > 1 or type(base) is not ArrayDataset:
+            return None  # another class may read its samples in its own way
+        if base is not self._of:
+            self._of, self._resident = base, self._brought(base)
+        return self._resident
+
+    def _brought(self, base: ArrayDataset) -> tuple[Tensor, Tensor] | None:
+        arrays = (base.inputs, base.targets())
+        if any(isinstance(array, np.memmap) or not array.flags.writeable for array in arrays):
+            return None  # read where it lies, in parts
+        needed = sum(array.nbytes for array in arrays)
+        if self._device.type == "cuda" and needed > RESIDENT_SHARE * free_memory(self._device):
+            return None
+        inputs, targets = (torch.from_numpy(array).to(self._device) for array in arrays)
+        return inputs, targets
+
+    def _gathered(
+        self, datasets: Sequence[Dataset], orders: Sequence[np.ndarray]
+    ) -> tuple[tuple[Tensor, Tensor], list[np.ndarray]]:
+        """Reads the clients' samples, client after client, each in the order in which it sees them."""
+        taken = [data.take(order) for data, order in zip(datasets, orders, strict=True)]
+        inputs, targets = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
+        ends = np.cumsum([len(order) for order in orders])
+        places = [np.arange(end - len(order), end) for end, order in zip(ends, orders, strict=True)]
+        return (self._to_device(torch.from_numpy(inputs)), self._to_device(torch.from_numpy(targets))), places
+
+    def _to_device(self, array: Tensor) -> Tensor:
+        """Copies to the device beside what it computes, and lets it wait for the copy, not the host."""
+        if self._side is None:
+            return array
+        with torch.cuda.stream(self._side):
+            moved = array.pin_memory().to(self._device, non_blocking=True)
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._side)
+        moved.record_stream(current)
+        return moved
+
+
+class _Cutter:
+    """Cuts the batches of a block out of its samples.
+
+    Args:
+        inputs: Of many samples, [samples, …].
+        targets: Of the same.
+        table: The samples of each client in the order in which it sees them, [clients, samples].
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, table: Tensor) -> None:
+        self._inputs = inputs
+        self._targets = targets
+        self._table = table
+
+    def __call__(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        clients, width = len(part.counts), part.width
+        table = self._table
+        if part.rows is None and (part.starts == part.starts[0]).all() and not part.padded:
+            picked = table[:, int(part.starts[0]) : int(part.starts[0]) + width].reshape(-1)
+            masks = None
+        else:
+            place = np.arange(width)[None, :]
+            real = place < part.counts[:, None]
+            columns = torch.as_tensor(part.starts[:, None] + np.where(real, place, 0), device=table.device)
+            columns = columns.clamp(max=table.shape[1] - 1)  # of clients that are done: anything will do
+            rows = torch.arange(clients) if part.rows is None else torch.as_tensor(part.rows)
+            picked = table[rows.to(table.device)[:, None], columns].reshape(-1)
+            shares = real / np.maximum(part.counts, 1)[:, None]
+            masks = torch.as_tensor(shares, device=table.device) if part.padded else None
+        inputs, targets = (array.index_select(0, picked) for array in (self._inputs, self._targets))
+        return torch.unflatten(inputs, 0, (clients, width)), torch.unflatten(targets, 0, (clients, width)), masks

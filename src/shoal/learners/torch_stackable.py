@@ -1,0 +1,242 @@
+"""Whether and how a torch learner's clients can train as one program: found by trying, before the first round."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.data import Dataset
+from shoal.errors import CannotStackError
+from shoal.learners.torch_devices import computing
+from shoal.learners.torch_memory import Pool
+from shoal.learners.torch_model import BorrowedModule, seeded
+from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
+from shoal.learners.torch_stacked import ELEMENT_WISE, Stacking, sample_losses, stacked_losses
+
+if TYPE_CHECKING:
+    from shoal.learners.torch import TorchLearner
+
+SEEDS = (11, 12)
+"""Seed the noise of the two clients that are tried."""
+
+SAMPLES = 4
+"""Samples of each of them; two would do, more make equal gradients by chance less likely."""
+
+NOISE_FORMATS = (torch.contiguous_format, torch.preserve_format)
+
+REASONS = (
+    (r"data-dependent control flow", "its forward pass has control flow that depends on the data"),
+    (r"calling \.item\(\)", "its forward pass reads a number out of a tensor (.item())"),
+    (r"random operation", "its forward pass draws random numbers in another way than dropout"),
+    (r"(aten::\w+|torch\.\w+)", "torch cannot run {0} for many clients at once"),
+)
+"""What torch's messages mean."""
+
+
+def find_stacking(learner: TorchLearner, dataset: Dataset) -> Stacking:
+    """Returns how the learner's clients are stacked.
+
+    Two clients make one step, each alone and both as one program, and must have the same gradients.
+
+    Args:
+        learner: Gives the model, the loss and the optimizer.
+        dataset: Has the samples to try.
+
+    Raises:
+        CannotStackError: The optimizer is not element-wise, torch cannot run the model for many clients at once, or the
+            gradients differ.
+    """
+    _check_optimizer(learner)
+    resident = learner.resident
+    before = resident.state()
+    try:
+        resident.module.train()
+        with computing(learner.device, learner.devices.threads):
+            return _try(learner, _Trial(learner, dataset))
+    except CannotStackError:
+        raise
+    except Exception as error:
+        raise CannotStackError(_reason(error)) from error
+    finally:
+        resident.module.zero_grad(set_to_none=True)
+        resident.load(before)
+
+
+def _check_optimizer(learner: TorchLearner) -> None:
+    optimizer = learner.optimizer(list(learner.resident.params.values()))
+    if type(optimizer) not in ELEMENT_WISE:
+        known = ", ".join(kind.__name__ for kind in ELEMENT_WISE[:3])
+        raise CannotStackError(
+            f"{type(optimizer).__name__} is not known to treat each number by itself, as {known} and others do"
+        )
+
+
+class _Trial:
+    """Two clients with a few samples each.
+
+    Args:
+        learner: Gives the model and the loss.
+        dataset: Has the samples.
+    """
+
+    def __init__(self, learner: TorchLearner, dataset: Dataset) -> None:
+        self.learner = learner
+        self.module = learner.resident.module
+        self.noisy = False
+        """Whether a step draws random numbers."""
+        self.changing: frozenset[str] = frozenset()
+        """The buffers that a step changes."""
+        self.activations = 0
+        """Bytes that a step keeps for the backward pass, for each sample."""
+        self._start = learner.resident.state()
+        count = max(min(SAMPLES, learner.batch_size or SAMPLES, len(dataset) // 2), 1)
+        picked = np.linspace(0, len(dataset) - 1, 2 * count).astype(np.int64)
+        inputs, targets = (torch.as_tensor(array).to(learner.device) for array in dataset.take(picked))
+        # Dealt out in turn, so that both see samples from all over.
+        self.inputs = torch.stack([inputs[0::2], inputs[1::2]])
+        self.targets = torch.stack([targets[0::2], targets[1::2]])
+
+    def _weigh(self, saved: Tensor) -> Tensor:
+        self.activations += saved.nbytes // len(self.inputs[0])
+        return saved
+
+    def output(self, inputs: Tensor) -> Any:
+        """Returns what the model gives for one client's batch."""
+        return self.module(self.learner.transform(inputs) if self.learner.transform else inputs)
+
+    def alone(self, client: int) -> list[Tensor | None]:
+        """Returns the gradients of one client by itself, and notes what the step did beside."""
+        resident, device = self.learner.resident, self.learner.device
+        buffers = dict(self.module.named_buffers())
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        self.module.zero_grad(set_to_none=True)
+        with seeded(device, SEEDS[client]):
+            noise = _noise_state(device)
+            with torch.autograd.graph.saved_tensors_hooks(self._weigh, lambda tensor: tensor):
+                self.activations = 0
+                loss = self.learner.loss(self.output(self.inputs[client]), self.targets[client])
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.noisy = not torch.equal(noise, _noise_state(device))
+        self.changing = frozenset(name for name, buffer in buffers.items() if not torch.equal(buffer, before[name]))
+        resident.load(self._start)
+        return [parameter.grad for parameter in resident.params.values()]
+
+    def together(self, stacking: Stacking, *, copies: int) -> list[Tensor | None]:
+        """Returns the gradients of both as one program, stacked, with so many copies of the two."""
+        device, clients = self.learner.device, copies * len(SEEDS)
+        buffers = dict(self.module.named_buffers())
+        params = {
+            name: torch.stack([p.detach()] * clients).requires_grad_()
+            for name, p in self.learner.resident.params.items()
+        }
+        own = {name: torch.stack([buffers[name]] * clients) for name in stacking.changing}
+        generators = [torch.Generator(device).manual_seed(seed) for seed in SEEDS * copies]
+        inputs, targets = (array.repeat(copies, *[1] * (array.ndim - 1)) for array in (self.inputs, self.targets))
+        with PerClient(stacking.convolutions[0], generators, Pool(device), stacking.noise_format):
+            losses, _ = stacked_losses(self.learner, BorrowedModule(self.module), {**params, **own}, inputs, targets)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad for parameter in params.values()]
+
+
+def _noise_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
+    expected = [trial.alone(client) for client in range(len(SEEDS))]
+    pads = not trial.noisy and not learner.train_metrics and _pads(trial)
+    convolves = any(isinstance(module, nn.Conv2d) for module in trial.module.modules())
+    difference: str | None = None
+    for noise_format in NOISE_FORMATS if trial.noisy else NOISE_FORMATS[:1]:
+        stacking = Stacking(
+            pads=pads,
+            noisy=trial.noisy,
+            noise_format=noise_format,
+            changing=trial.changing,
+            activations=trial.activations,
+            # On CPUs a grouped convolution was 1.4 to 2.4 times as fast as the product over patches wherever it was
+            # measured, and to try both would make the last bits a matter of chance.
+            convolutions=CONVOLUTIONS if convolves and learner.device.type == "cuda" else CONVOLUTIONS[:1],
+            smallest=2 if convolves else 1,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="There is a performance drop")  # torch would loop over clients
+            found = trial.together(stacking, copies=1)
+        difference = _difference(list(learner.resident.params), expected, found)
+        if difference is None:
+            return replace(stacking, repeatable=_is_repeatable(trial, stacking, found))
+    raise CannotStackError(f"as one program its gradient would differ: {difference}")
+
+
+def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | None]) -> bool:
+    """Tells whether the clients' gradients have the same bits in larger blocks."""
+    for copies in (2, 5):
+        larger = trial.together(stacking, copies=copies)
+        for few, many in zip(found, larger, strict=True):
+            if (
+                few is not None
+                and many is not None
+                and not torch.equal(few.repeat(copies, *[1] * (few.ndim - 1)), many)
+            ):
+                return False
+    return True
+
+
+def _difference(
+    names: Sequence[str], expected: Sequence[Sequence[Tensor | None]], found: Sequence[Tensor | None]
+) -> str | None:
+    """Says which gradient is another one; None where all agree up to rounding."""
+    for client, gradients in enumerate(expected):
+        there = [gradient for gradient in gradients if gradient is not None]
+        largest = max((float(gradient.abs().max()) for gradient in there if gradient.numel()), default=0.0)
+        for name, alone, stacked in zip(names, gradients, found, strict=True):
+            if (alone is None) != (stacked is None):
+                return f"{name} has one only {'alone' if stacked is None else 'together'}"
+            if alone is None or stacked is None or not alone.numel():
+                continue
+            off = float((stacked[client] - alone).abs().max())
+            if not off <= largest * _tolerance(alone):  # also for NaN
+                return f"{name} by {off:.1e} of {largest:.1e}"
+    return None
+
+
+def _pads(trial: _Trial) -> bool:
+    """Tells whether batches may be padded: each sample's output and loss are its own."""
+    samples = trial.inputs.shape[1]
+    if samples < 2:
+        return False
+    targets = trial.targets.flatten(0, 1)
+    if not targets.is_floating_point() and bool((targets < 0).any()):
+        return False  # a label that the loss leaves out
+    with torch.no_grad():
+        outputs = [trial.output(inputs) for inputs in trial.inputs]
+        if not all(isinstance(output, Tensor) and output.shape[:1] == (samples,) for output in outputs):
+            return False
+        mixed = trial.output(torch.cat([trial.inputs[0, :1], trial.inputs[1, 1:]]))
+        if not torch.allclose(mixed[0], outputs[0][0], rtol=_tolerance(mixed), atol=_tolerance(mixed)):
+            return False
+        loss = trial.learner.loss
+        together = loss(torch.cat(outputs), targets)
+        apart = sample_losses(loss, torch.cat(outputs), targets)
+    if apart.shape != targets.shape[:1]:
+        return False
+    return torch.allclose(together, apart.mean(), rtol=_tolerance(apart), atol=0)
+
+
+def _tolerance(array: Tensor) -> float:
+    return float(torch.finfo(array.dtype).eps ** 0.5)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    for pattern, meaning in REASONS:
+        if match := re.search(pattern, text):
+            return meaning.format(*match.groups())
+    return f"one step of it fails: {type(error).__name__}: {text.strip().splitlines()[0] if text else ''}"

@@ -1,0 +1,413 @@
+"""Several clients as one program: their parameters stacked on a first axis, one backward pass for all of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shoal import trees
+from shoal.data import Dataset
+from shoal.learners.batches import batch_sizes
+from shoal.learners.torch_blocks import BlockData, Part, schedule
+from shoal.learners.torch_devices import computing, free_memory
+from shoal.learners.torch_memory import Pool
+from shoal.learners.torch_model import BorrowedModule
+from shoal.learners.torch_per_client import Convolution, PerClient
+from shoal.types import Broadcast, LocalObjective, Params, StackedUpdate
+
+if TYPE_CHECKING:
+    from shoal.learners.torch import TorchLearner
+
+ELEMENT_WISE = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.ASGD,
+)
+"""Optimizers that treat each number by itself, and so many clients' numbers as those of one large model."""
+
+
+MEMORY_SHARE = 0.5
+"""The share of the free memory that a block may take by estimate; a wrong estimate costs time, not the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stacking:
+    """How a learner's clients are stacked; found by trying (see ``torch_stackable``)."""
+
+    pads: bool
+    """Whether batches of unequal size may be padded: the loss is a plain mean and no layer mixes the samples."""
+    noisy: bool
+    """Whether the model draws noise: it has dropout."""
+    noise_format: torch.memory_format = torch.contiguous_format
+    """How a dropout layer's input lies in memory when one client trains alone."""
+    changing: frozenset[str] = frozenset()
+    """The buffers that change in training, such as running statistics: each client has its own. All others, and the
+    frozen parameters, are one copy for all."""
+    activations: int = 0
+    """Bytes that a step keeps for the backward pass, for each sample."""
+    convolutions: tuple[Convolution, ...] = ("grouped",)
+    """The ways to run the model."""
+    smallest: int = 1
+    """The fewest clients in a program: a grouped convolution of one group is another one, with other last bits."""
+    repeatable: bool = True
+    """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
+
+
+class StackedTrainer:
+    """Trains blocks of clients for a :class:`~shoal.TorchLearner`.
+
+    Args:
+        learner: Says what to train and how.
+        stacking: What was found of the learner.
+    """
+
+    def __init__(self, learner: TorchLearner, stacking: Stacking) -> None:
+        self._learner = learner
+        self._stacking = stacking
+        self._data = BlockData(learner.device)
+        self._anchor: tuple[Broadcast, dict[str, Tensor]] | None = None
+        self._pool = Pool(learner.device)
+        self._lent: list[Tensor] = []
+        self._known_sizes: dict[int, list[int]] = {}
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The ways in which a block can be run, the usual one first."""
+        return self._stacking.convolutions
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
+        return self._stacking.repeatable
+
+    def capacity(self) -> int:
+        """Returns how many clients a block may have at most for its memory, as estimated; at least 1."""
+        learner = self._learner
+        # Parameters, gradients, two slots of the optimizer, and what a step makes in passing.
+        arrays = 5 * trees.nbytes(learner.resident.params)
+        batch = (learner.batch_size or 1) * self._stacking.activations
+        return max(int(MEMORY_SHARE * free_memory(learner.device)) // max(arrays + 2 * batch, 1), 1)
+
+    def work(self, examples: int) -> int:
+        """Returns how many samples a client with so many examples sees."""
+        return sum(self._sizes(examples))
+
+    def padding(self, examples: Sequence[int]) -> float:
+        """Returns the share of a block's computed samples that are padding."""
+        plan = schedule([self._sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        return 1 - float(plan.seen.sum()) / plan.work
+
+    def fit(
+        self,
+        broadcast: Broadcast,
+        clients: Sequence[tuple[Dataset, np.random.Generator]],
+        variant: str = "grouped",
+    ) -> StackedUpdate:
+        """Trains one block; each client ends as it would alone, but for rounding.
+
+        The update's memory is the next block's: read it before.
+
+        Args:
+            broadcast: The model to start from and the local objective.
+            clients: The examples and the generator of each, as for :meth:`~shoal.TorchLearner.fit`.
+            variant: One of :attr:`variants`: here, how convolutions run.
+
+        Raises:
+            MemoryError: The block does not fit the device.
+        """
+        try:
+            with computing(self._learner.device, self._learner.devices.threads):
+                return self._fit(broadcast, clients, cast("Convolution", variant))
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA is one
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise MemoryError(str(error).splitlines()[0]) from error
+            raise
+
+    def _sizes(self, examples: int) -> list[int]:
+        """Returns the sizes of the batches of a client with so many examples; clients are many, their sizes few."""
+        if examples not in self._known_sizes:
+            ours = self._learner
+            self._known_sizes[examples] = batch_sizes(
+                examples, batch_size=ours.batch_size, epochs=ours.epochs, steps=ours.steps
+            )
+        return self._known_sizes[examples]
+
+    def synchronize(self) -> None:
+        """Waits until the device has done what it was given."""
+        if self._learner.device.type == "cuda":
+            torch.cuda.synchronize(self._learner.device)
+
+    def _fit(
+        self, broadcast: Broadcast, clients: Sequence[tuple[Dataset, np.random.Generator]], convolution: Convolution
+    ) -> StackedUpdate:
+        if len(clients) < self._stacking.smallest:
+            (data, rng), twin = clients[0], copy.deepcopy(clients[0][1])
+            return _first(self._fit(broadcast, [(data, rng), (data, twin)], convolution))
+        learner, device = self._learner, self._learner.device
+        seeds = [int(rng.integers(2**63)) for _, rng in clients]
+        noisy = self._stacking.noisy
+        generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if noisy else []
+        examples = [len(data) for data, _ in clients]
+        plan = schedule([self._sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        batches = self._data.load(clients, plan)
+        stacks = self._stacks(broadcast, len(clients))
+        program = _Block(learner, broadcast, stacks, anchor=self._anchors(broadcast), pool=self._pool)
+        sums: dict[str, Tensor] = {}
+        for number, parts in enumerate(plan.steps):
+            total: Tensor | None = None
+            for part in parts:
+                inputs, targets, masks = batches(part)
+                chosen = generators if part.rows is None or not noisy else [generators[row] for row in part.rows]
+                with PerClient(convolution, chosen, self._pool, self._stacking.noise_format):
+                    losses, metrics = program.losses(part, inputs, targets, masks)
+                total = losses.sum() if total is None else total + losses.sum()
+                for name, means in {"loss": losses, **metrics}.items():
+                    _add_part(sums, name, part, means.detach().double() * part.examples(device), len(clients))
+            if total is not None:
+                total.backward()  # type: ignore[no-untyped-call]
+            program.step()
+            program.release()
+            program.keep(plan.ends.get(number, ()))
+        seen = torch.as_tensor(plan.seen, device=device)
+        return program.update(plan.examples, {name: total / seen for name, total in sums.items()})
+
+    def _stacks(self, broadcast: Broadcast, clients: int) -> dict[str, Tensor]:
+        """Returns a copy of what each client starts from for each of them, in the memory of the block before."""
+        for tensor in self._lent:
+            self._pool.give(tensor)
+        self._pool.keep(clients)
+        stacks = {}
+        for name, array in self._anchors(broadcast).items():
+            stacks[name] = self._pool.take((clients, *array.shape), array.dtype).copy_(array.detach())
+        self._lent = list(stacks.values())
+        return stacks
+
+    def _anchors(self, broadcast: Broadcast) -> dict[str, Tensor]:
+        """Returns what each client starts from, and loads what all clients share into the module, once a round."""
+        resident = self._learner.resident
+        if self._anchor is None or self._anchor[0] is not broadcast:
+            resident.load(broadcast.model)
+            buffers = dict(resident.module.named_buffers())
+            own = {name: buffers[name].detach().clone() for name in sorted(self._stacking.changing)}
+            self._anchor = broadcast, {**resident.on_device(broadcast.model.params), **own}
+        resident.module.train()  # an evaluation may have come between
+        return self._anchor[1]
+
+
+class _Block:
+    """The stacked model of one block, from the broadcast to the update.
+
+    Args:
+        learner: Says what to train and how.
+        broadcast: Where to start from.
+        stacks: The broadcast's parameters, and those buffers that change, once for each client.
+        anchor: The same, once.
+        pool: Takes the gradients' memory after each step.
+    """
+
+    def __init__(
+        self,
+        learner: TorchLearner,
+        broadcast: Broadcast,
+        stacks: Mapping[str, Tensor],
+        *,
+        anchor: Mapping[str, Tensor],
+        pool: Pool,
+    ) -> None:
+        resident = learner.resident
+        self._learner = learner
+        self._borrowed = BorrowedModule(resident.module)
+        self._anchor = anchor
+        self._pool = pool
+        # Leaves of their own, because the memory outlives them.
+        self._params = {name: stacks[name].detach().requires_grad_() for name in resident.params}
+        self._buffers = {name: stack for name, stack in stacks.items() if name not in resident.params}
+        self._sent = [name for name in self._buffers if name in resident.buffers]
+        self._objective = broadcast.objective
+        self._correction = resident.on_device(broadcast.objective.correction or {})
+        self._final: dict[str, Tensor] | None = None
+        stacked = {id(resident.params[name]): parameter for name, parameter in self._params.items()}
+        self.optimizer = stacked_optimizer(learner.optimizer(list(resident.params.values())), stacked)
+
+    def losses(
+        self, part: Part, inputs: Tensor, targets: Tensor, masks: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the mean loss and the metrics of each of the part's clients on its batch, [clients of the part]."""
+        params: Mapping[str, Tensor] = self._params
+        buffers: Mapping[str, Tensor] = self._buffers
+        if part.rows is not None:
+            rows = torch.as_tensor(part.rows, device=inputs.device)
+            params = {name: stacked[rows] for name, stacked in params.items()}
+            buffers = {name: stacked[rows] for name, stacked in buffers.items()}
+        measured = stacked_losses(self._learner, self._borrowed, {**params, **buffers}, inputs, targets, masks=masks)
+        if part.rows is not None:
+            for name, changed in buffers.items():
+                self._buffers[name][rows] = changed
+        return measured
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Takes one optimizer step on the gradients of all clients."""
+        _add_objective(self._params, self._objective, self._correction, self._anchor)
+        if self._learner.clip_norm is not None:
+            _clip_rows([p.grad for p in self._params.values() if p.grad is not None], self._learner.clip_norm)
+        self.optimizer.step()
+
+    def release(self) -> None:
+        """Lets go of the gradients."""
+        for parameter in self._params.values():
+            if parameter.grad is not None:
+                self._pool.give(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Sets the arrays of clients aside that have made their last step, while the block goes on without them."""
+        if not len(rows):
+            return
+        stacked = {**self._params, **self._buffers}
+        if self._final is None:
+            self._final = {name: torch.empty_like(array) for name, array in stacked.items()}
+        index = torch.as_tensor(rows, device=self._learner.device)
+        for name, array in stacked.items():
+            self._final[name][index] = array.detach()[index]
+
+    @torch.no_grad()
+    def update(self, examples: np.ndarray, metrics: Mapping[str, Tensor]) -> StackedUpdate:
+        """Returns what the clients send back; the block is of no use afterwards."""
+        stacked = self._final or {name: array.detach() for name, array in {**self._params, **self._buffers}.items()}
+        arrays = {name: stacked[name] for name in (*self._params, *self._sent)}
+        device = self._learner.device
+        finite = torch.ones(len(examples), dtype=torch.bool, device=device)
+        for name, array in arrays.items():
+            array.sub_(self._anchor[name])  # in place: no copy of the block
+            finite &= torch.isfinite(array.flatten(1).sum(1))
+        if device.type != "cpu" or not bool(finite.all()):  # on a CPU it costs nothing to look
+            for array in arrays.values():
+                array[~finite] = 0
+        return StackedUpdate(
+            delta={name: arrays[name] for name in self._params},
+            buffers={name: arrays[name] for name in self._sent},
+            weights=examples.astype(np.float64),
+            metrics=metrics,
+            finite=finite,
+        )
+
+
+def stacked_losses(
+    learner: TorchLearner,
+    borrowed: BorrowedModule,
+    state: Mapping[str, Tensor],
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    masks: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns each client's mean loss and metrics on its own batch.
+
+    Args:
+        learner: Gives the transform and the loss.
+        borrowed: The module. Its frozen parameters, and buffers that stay as they are, are one copy for all clients.
+        state: Stacked parameters and buffers, [clients, …] each; the buffers are changed in place.
+        inputs: [clients, n, …].
+        targets: [clients, n, …].
+        masks: For batches padded to n, each sample's share in its client's mean, [clients, n]; None for full batches.
+    """
+    names = tuple(state)
+
+    def measured(x: Tensor, y: Tensor, mask: Tensor | None, *arrays: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = learner.transform(x) if learner.transform else x
+        output = borrowed.call(dict(zip(names, arrays, strict=True)), inputs)
+        if mask is None:
+            return learner.loss(output, y), learner.measure(output, y) if learner.train_metrics else {}
+        losses = sample_losses(learner.loss, output, y)
+        return (losses * mask.to(losses.dtype)).sum(), {}
+
+    in_dims = (0, 0, None if masks is None else 0, *[0] * len(names))
+    mapped = torch.vmap(measured, in_dims=in_dims, randomness="error")
+    result: tuple[Tensor, dict[str, Tensor]] = mapped(inputs, targets, masks, *state.values())
+    return result
+
+
+def sample_losses(loss: Callable[[Any, Any], Tensor], output: Tensor, targets: Tensor) -> Tensor:
+    """Returns the loss of each sample by itself, shape [n]."""
+    if loss is F.cross_entropy and output.ndim == 2:
+        return F.cross_entropy(output, targets, reduction="none")
+    alone = torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)), randomness="error")
+    result: Tensor = alone(output, targets)
+    return result
+
+
+def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Tensor]) -> torch.optim.Optimizer:
+    """Returns the same optimizer over stacked parameters.
+
+    Args:
+        template: The user's optimizer over the parameters of one client, with the groups that the user made of them.
+        stacked: The stacked parameter for each of those, by its id.
+    """
+    groups = [
+        {**group, "params": [stacked[id(parameter)] for parameter in group["params"]]}
+        for group in template.param_groups
+    ]
+    for group in groups:
+        group.pop("param_names", None)
+    return type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
+
+
+def _add_objective(
+    params: Mapping[str, Tensor], objective: LocalObjective, correction: Mapping[str, Tensor], anchor: Params
+) -> None:
+    """Adds ``correction + proximal · (w − w_global)`` to every client's gradient."""
+    if not (objective.proximal or correction):
+        return
+    for name, parameter in params.items():
+        if parameter.grad is None:  # not reached by the task loss, yet part of the objective
+            parameter.grad = torch.zeros_like(parameter)
+        if name in correction:
+            parameter.grad.add_(correction[name])
+        if objective.proximal:
+            parameter.grad.add_(parameter - anchor[name], alpha=objective.proximal)
+
+
+def _clip_rows(gradients: Iterable[Tensor], largest: float) -> None:
+    """Scales each client's gradient down to a Euclidean norm, as ``torch.nn.utils.clip_grad_norm_`` does for one."""
+    gradients = list(gradients)
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    factors = (largest / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.to(gradient.dtype).view(-1, *[1] * (gradient.ndim - 1)))
+
+
+def _first(update: StackedUpdate) -> StackedUpdate:
+    """Returns the first client's part of an update, still stacked."""
+    return StackedUpdate(
+        delta={name: array[:1] for name, array in update.delta.items()},
+        buffers={name: array[:1] for name, array in update.buffers.items()},
+        weights=update.weights[:1],
+        metrics={name: array[:1] for name, array in update.metrics.items()},
+        finite=update.finite[:1],
+    )
+
+
+def _add_part(sums: dict[str, Tensor], name: str, part: Part, values: Tensor, clients: int) -> None:
+    """Adds values of a part's clients to the sum over the steps, [clients]."""
+    if part.rows is None:
+        sums[name] = sums[name] + values if name in sums else values
+        return
+    total = sums.setdefault(name, torch.zeros(clients, dtype=torch.float64, device=values.device))
+    total[torch.as_tensor(part.rows, device=total.device)] += values

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import shoal
+from shoal.engines import ClientTask, VectorizedEngine, choose_engine
+from shoal.engines.blocks import by_work, next_block
+from shoal.errors import CannotStackError, ClientError, ConfigurationError
+from shoal.types import Broadcast
+from support import Mlp, assert_equal, learner, population, samples
+
+
+def tasks(clients, cohort):
+    return [ClientTask(client=k, data=clients[k], seed=0, round=1) for k in cohort]
+
+
+def blocks(engine, ours, clients):
+    """Returns the clients of each block, and every client's delta."""
+    engine.open(ours, clients.dataset)
+    found, deltas = [], {}
+    for result in engine.run(ours, Broadcast(round=1, model=ours.init(0)), tasks(clients, range(len(clients)))):
+        found.append(list(result.clients))
+        for row, client in enumerate(result.clients):
+            deltas[client] = {name: array.clone() for name, array in result.updates.row(row).delta.items()}
+    return found, deltas
+
+
+class NeedsRoom:
+    """Refuses blocks of more than so many clients, as a device does that is too small."""
+
+    def __init__(self, trainer, most):
+        self.trainer = trainer
+        self.most = most
+
+    def __getattr__(self, name):
+        return getattr(self.trainer, name)
+
+    def fit(self, broadcast, clients, variant):
+        if len(clients) > self.most:
+            raise MemoryError("too large")
+        return self.trainer.fit(broadcast, clients, variant)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_block_that_does_not_fit_is_halved_and_nothing_is_lost(most, monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "shoal")
+    ours = learner()
+    whole = blocks(VectorizedEngine(block_size=8), ours, population((8,) * 12))[1]
+    stacked = ours.stacked
+    monkeypatch.setattr(type(ours), "stacked", lambda _, dataset: NeedsRoom(stacked(dataset), most))
+    found, halved = blocks(VectorizedEngine(block_size=8), ours, population((8,) * 12))
+    assert sorted(client for block in found for client in block) == list(range(12))
+    assert max(len(block) for block in found) <= most
+    assert "does not fit the device: halved" in caplog.text
+    for client, delta in whole.items():
+        assert_equal(halved[client], delta, atol=1e-7)
+
+
+def test_a_client_that_fits_in_no_way_fails_alone(monkeypatch):
+    ours = learner()
+    stacked = ours.stacked
+    monkeypatch.setattr(type(ours), "stacked", lambda _, dataset: NeedsRoom(stacked(dataset), 0))
+    with pytest.raises(ClientError, match="MemoryError: too large"):
+        shoal.federate(ours, population(), rounds=1, engine="vectorized")
+
+
+class Branches(Mlp):
+    def forward(self, inputs):
+        return super().forward(inputs) if inputs.sum() > 0 else super().forward(-inputs)
+
+
+class Reads(Mlp):
+    def forward(self, inputs):
+        return super().forward(inputs) * inputs.mean().item()
+
+
+class Draws(Mlp):
+    def forward(self, inputs):
+        return super().forward(inputs + torch.randn_like(inputs))
+
+
+class Sorts(Mlp):
+    def forward(self, inputs):
+        return super().forward(inputs) + torch.unique(inputs).sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model": Branches}, "control flow that depends on the data"),
+        ({"model": Reads}, r"reads a number out of a tensor \(\.item\(\)\)"),
+        ({"model": Draws}, "draws random numbers in another way than dropout"),
+        ({"model": Sorts}, "torch cannot run aten::_unique2 for many clients at once"),
+        ({"optimizer": partial(torch.optim.LBFGS, lr=0.1)}, "LBFGS is not known to treat each number by itself"),
+    ],
+    ids=["branch", "item", "noise", "operation", "optimizer"],
+)
+def test_what_cannot_be_stacked_is_named(settings, reason):
+    ours = learner(**settings)
+    with pytest.raises(CannotStackError, match=reason):
+        ours.stacked(samples(40))
+    with pytest.raises(ConfigurationError, match=rf"cannot hold this learner: .*{reason}.*; use engine='auto'"):
+        choose_engine("vectorized", ours, samples(40))
+    engine, line = choose_engine("auto", ours, samples(40))
+    assert engine.name == "sequential"
+    assert line.startswith("engine sequential: ")
+
+
+class Twice(Mlp):
+    """Scales its output by a plain attribute that each pass changes."""
+
+    def forward(self, inputs):
+        self.scale = getattr(self, "scale", 1.0) * 1.5
+        return super().forward(inputs) * self.scale
+
+
+def test_a_model_that_would_end_elsewhere_is_found_by_trying():
+    with pytest.raises(CannotStackError, match="as one program its gradient would differ"):
+        learner(Twice).stacked(samples(40))
+
+
+def test_groups_and_settings_of_the_users_optimizer_are_kept():
+    def groups(params):
+        params = list(params)
+        decay, plain = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
+        return torch.optim.AdamW(
+            [{"params": decay, "weight_decay": 0.5, "lr": 0.02}, {"params": plain, "weight_decay": 0.0}], amsgrad=True
+        )
+
+    ours = learner(optimizer=groups, epochs=3)
+    clients = population((8,) * 6)
+    found = shoal.federate(ours, clients, rounds=2, engine="vectorized").params
+    assert_equal(found, shoal.federate(ours, clients, rounds=2, engine="sequential").params, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"],
+)
+def test_every_element_wise_optimizer_equals_the_reference(kind):
+    ours = learner(
+        lambda: Mlp().double(),
+        transform=lambda inputs: inputs.double(),
+        optimizer=partial(getattr(torch.optim, kind), lr=0.01),
+        epochs=3,
+    )
+    clients = population((8, 9, 3, 12))
+    found = shoal.federate(ours, clients, rounds=2, engine="vectorized").params
+    assert_equal(found, shoal.federate(ours, clients, rounds=2, engine="sequential").params, atol=1e-9)
+
+
+def test_of_ten_thousand_lognormal_clients_every_sample_is_seen_once_and_little_is_padding():
+    sizes = np.maximum(np.random.default_rng(0).lognormal(4, 1, size=10_000).astype(int), 1)
+    work = sizes.tolist()
+    ours = learner(batch_size=10)
+    trainer = ours.stacked(samples(40))
+    order, start, seen, computed = by_work(work), 0, 0, 0.0
+    while start < len(order):
+        block = next_block(order, work, start, 50)
+        examples = [work[client] for client in block]
+        seen += sum(examples)
+        computed += sum(examples) / (1 - trainer.padding(examples))
+        start += len(block)
+    assert seen == sizes.sum()
+    assert 1 - seen / computed < 0.15
