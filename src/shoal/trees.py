@@ -49,13 +49,13 @@ def copy(tree: Params) -> dict[str, Array]:
 def zeros(tree: Params) -> dict[str, Array]:
     """Returns float64 zeros with the names, shapes and devices of ``tree``."""
     return map_trees(
-        lambda array: widen(array) * 0.0 if _is_numpy(array) else array.new_zeros(array.shape).double(), tree
+        lambda array: np.zeros(np.shape(array)) if _is_numpy(array) else array.new_zeros(array.shape).double(), tree
     )
 
 
 def difference(after: Params, before: Params) -> dict[str, Array]:
     """Returns ``after − before`` in float64."""
-    return map_trees(lambda new, old: widen(new) - widen(old), after, before)
+    return map_trees(lambda new, old: widen(new) - old, after, before)
 
 
 def advance(tree: Params, increment: Params) -> dict[str, Array]:
@@ -66,7 +66,7 @@ def advance(tree: Params, increment: Params) -> dict[str, Array]:
 def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:
     """Adds ``scale · tree`` to ``total`` in place."""
     for name, array in tree.items():
-        total[name] += widen(array) * scale
+        _add_scaled(total[name], array, scale)
 
 
 def add_rows(total: dict[str, Array], stacked: Params, weights: np.ndarray) -> None:
@@ -85,14 +85,11 @@ def add_rows(total: dict[str, Array], stacked: Params, weights: np.ndarray) -> N
             factors = weights if _is_numpy(rows) else sums.new_tensor(weights)
             terms = widen(flat) * factors[:, None]
             terms[0] += sums
-            sums[:] = terms.cumsum(0)[-1]
+            sums[:] = _column_sums(terms)
             continue
         for row, weight in zip(flat, weights.tolist(), strict=True):
             # One row is widened at a time, because all of them at once would not fit the cache.
-            if _is_numpy(row):
-                sums += widen(row) * weight
-            else:
-                sums.add_(widen(row), alpha=weight)
+            _add_scaled(sums, row, weight)
 
 
 def scaled(tree: Params, scale: float) -> dict[str, Array]:
@@ -102,8 +99,9 @@ def scaled(tree: Params, scale: float) -> dict[str, Array]:
 
 def all_finite(tree: Params) -> bool:
     """Tells whether no array holds NaN or infinity."""
-    # For finite x, x − x is 0; for NaN and ±inf it is NaN, and one NaN makes the sum NaN. One number per array is read.
-    return all(float((array - array).sum()) == 0.0 for array in tree.values())
+    # A finite sum has finite terms; one number per array is read. Only a sum that is not finite is worth a closer look,
+    # because large terms may have overflowed: for finite x, x − x is 0; for NaN and ±inf it is NaN.
+    return all(math.isfinite(float(array.sum())) or float((array - array).sum()) == 0.0 for array in tree.values())
 
 
 def norm(tree: Params) -> float:
@@ -147,6 +145,22 @@ def unflatten(tree: Params, separator: str = "/") -> dict[str, dict[str, Array]]
         outer, _, inner = name.partition(separator)
         trees.setdefault(outer, {})[inner] = array
     return trees
+
+
+def _add_scaled(total: Array, array: Array, scale: float) -> None:
+    if _is_numpy(array):
+        total += widen(array) * scale
+    else:
+        total.add_(widen(array), alpha=scale)
+
+
+def _column_sums(terms: Array) -> Array:
+    """Returns the sum of the rows, added one after the other."""
+    if _is_numpy(terms):
+        return np.add.reduce(terms, axis=0)
+    if terms.device.type == "cpu":  # in numpy, because torch has no sum of this order that is as fast
+        return terms.new_tensor(np.add.reduce(terms.numpy(), axis=0))
+    return terms.cumsum(0)[-1]
 
 
 def _is_numpy(array: Array) -> bool:

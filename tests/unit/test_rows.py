@@ -149,3 +149,16 @@ def test_descriptions_are_json_and_tell_things_apart():
     assert describe({1: (np.float32(0.5), {3, 1})}) == {"1": [0.5, [1, 3]]}
     assert describe(closing_over(1)) == describe(closing_over(1)) != describe(closing_over(2))
     assert describe(torch.nn.functional.relu) == "torch.nn.functional.relu"
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 5000)])
+def test_rows_are_added_as_if_one_by_one(kind, shape):
+    rng = np.random.default_rng(0)
+    rows, weights = rng.normal(size=(7, *shape)).astype(np.float32), rng.uniform(1, 9, size=7)
+    at_once, in_parts = (trees.zeros({"x": kind(rows[0])}) for _ in range(2))
+    trees.add_rows(at_once, {"x": kind(rows)}, weights)
+    for part in (slice(0, 1), slice(1, 4), slice(4, 7)):
+        trees.add_rows(in_parts, {"x": kind(rows[part])}, weights[part])
+    assert np.array_equal(trees.host(at_once["x"]), trees.host(in_parts["x"]))  # to the last bit
+    np.testing.assert_allclose(trees.host(at_once["x"]), np.tensordot(weights, rows.astype(np.float64), 1), rtol=1e-12)

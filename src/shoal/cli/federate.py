@@ -23,7 +23,7 @@ RUNS = Path("runs")
 Rounds = Annotated[int | None, typer.Option(help="Number of rounds.")]
 Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round.")]
 Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
-Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential.")]
+Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
 Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
@@ -121,12 +121,8 @@ def _resume_command(path: Path) -> str:
 def _on(experiment: Experiment, device: str) -> Experiment:
     import dataclasses
 
-    accelerator, _, index = device.partition(":")
-    if index and not index.isdigit():
-        raise ConfigurationError(f"--device takes auto, cpu, cuda or cuda:NUMBER, not {device!r}")
-    devices = dataclasses.replace(
-        experiment.learner.devices,
-        accelerator=accelerator,  # type: ignore[arg-type]  # the specification refuses what it does not know
-        id=int(index) if index else None,
-    )
+    from shoal.cli.devices import parse_device
+
+    asked = parse_device(device)
+    devices = dataclasses.replace(experiment.learner.devices, accelerator=asked.accelerator, id=asked.id)
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

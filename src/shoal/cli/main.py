@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from shoal.cli.bench import bench
 from shoal.cli.doctor import doctor
 from shoal.cli.exits import guarded
 from shoal.cli.federate import demo, federate
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (demo, federate, report, doctor):
     app.command()(guarded(command))
+app.add_typer(bench)
 
 
 @app.callback(invoke_without_command=True)

@@ -45,6 +45,7 @@ class VectorizedEngine:
         self.block_size = block_size
         self._trainer: tuple[Learner, BlockTrainer] | None = None
         self._search: BlockSearch | None = None
+        self._last: BlockSearch | None = None
 
     def open(self, learner: Learner, dataset: Dataset) -> None:
         """Tries two clients.
@@ -74,14 +75,19 @@ class VectorizedEngine:
     @property
     def settled(self) -> bool:
         """Whether the block size is found."""
-        return self._search is not None and self._search.choice is not None
+        return self._last is not None and self._last.choice is not None
+
+    @property
+    def found_block_size(self) -> int | None:
+        """The block size of the last round; None before the first."""
+        return None if self._last is None else self._last.current[0]
 
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[Result]:
         """Yields a result for each block, those with the most work first."""
         if not tasks:
             return
         trainer = self.trainer(learner, tasks[0].data)
-        search = self._search_for(trainer, tasks)
+        search = self._last = self._search_for(trainer, tasks)
         work = [trainer.work(len(task.data)) if len(task.data) else 0 for task in tasks]
         order, start = by_work(work), 0
         while start < len(order):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Self, cast
 
 import numpy as np
@@ -16,9 +18,10 @@ from shoal.data import Dataset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
-from shoal.learners.batches import batch_indices
+from shoal.learners.batches import batch_sizes, draw_order
 from shoal.learners.torch_devices import computing, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
+from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
 from shoal.learners.torch_stacked import StackedTrainer
 from shoal.types import Broadcast, ModelState, Params, Update
@@ -202,21 +205,26 @@ class TorchLearner:
         """The one module on the device that all clients pass through."""
         return ResidentModel(self.model, self.device, seed=0)
 
+    @cached_property
+    def samples(self) -> ResidentSamples:
+        """Brings samples to the device."""
+        return ResidentSamples(self.device)
+
     def _train(
         self, resident: ResidentModel, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
     ) -> dict[str, float]:
         step = _LocalStep(self, resident, broadcast)
         tally = _Tally()
-        order = batch_indices(len(data), batch_size=self.batch_size, epochs=self.epochs, steps=self.steps, rng=rng)
-        for indices in order:
-            inputs, targets = self._batch(data, indices)
-            loss, output = step.take(inputs, targets)
+        sizes = batch_sizes(len(data), batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
+        order = draw_order(len(data), sum(sizes), rng)
+        for (inputs, targets), size in zip(self.samples.batches(data, order, sizes), sizes, strict=True):
+            loss, output = step.take(self.transform(inputs) if self.transform else inputs, targets)
             measured = self.measure(output, targets) if self.train_metrics else {}
-            tally.add({"loss": loss, **measured}, len(indices))
+            tally.add({"loss": loss, **measured}, size)
         return tally.means()
 
     def _batch(self, data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        inputs, targets = (torch.as_tensor(array).to(self.device) for array in data.take(indices))
+        inputs, targets = next(self.samples.batches(data, indices, [len(indices)]))
         return (self.transform(inputs) if self.transform else inputs), targets
 
     @torch.no_grad()
@@ -229,33 +237,45 @@ class TorchLearner:
 
 
 class _LocalStep:
-    """A step of local training, as the closure that torch's optimizers take: some call it several times (LBFGS)."""
+    """A step of local training, and the closure that some of torch's optimizers call several times for one (LBFGS)."""
 
     def __init__(self, learner: TorchLearner, resident: ResidentModel, broadcast: Broadcast) -> None:
         self._learner = learner
-        self.resident = resident
+        self._resident = resident
         self._gradient = ObjectiveGradient(broadcast.objective, resident)
         self._optimizer = learner.optimizer(list(resident.params.values()))
+        self._needs_closure = _needs_closure(cast("Hashable", type(self._optimizer)))
         self._inputs: Any = None
         self._targets: Any = None
-        self._outputs: list[Any] = []
+        self._output: Any = None
 
     def take(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Makes one step on a batch; returns the loss and the output from before it."""
-        self._inputs, self._targets, self._outputs = inputs, targets, []
-        loss = self._optimizer.step(self)  # type: ignore[arg-type]  # the stub's closure returns a float
-        return cast("Tensor", loss), self._outputs[0]
+        self._inputs, self._targets, self._output = inputs, targets, None
+        if self._needs_closure:
+            loss = cast("Tensor", self._optimizer.step(self))  # type: ignore[arg-type]  # the stub's returns a float
+        else:
+            loss = self()
+            self._optimizer.step()
+        return loss, self._output
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
-        output = self.resident.module(self._inputs)
+        output = self._resident.module(self._inputs)
         loss = self._learner.loss(output, self._targets)
         loss.backward()  # type: ignore[no-untyped-call]
         self._gradient.add()
         if self._learner.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.resident.params.values(), self._learner.clip_norm)
-        self._outputs.append(output)
+            nn.utils.clip_grad_norm_(self._resident.params.values(), self._learner.clip_norm)
+        if self._output is None:
+            self._output = output
         return loss.detach()
+
+
+@cache
+def _needs_closure(kind: Hashable) -> bool:
+    closure = inspect.signature(cast("type[torch.optim.Optimizer]", kind).step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 class _Tally:
@@ -271,10 +291,12 @@ class _Tally:
         self._examples.append(examples)
 
     def means(self) -> dict[str, float]:
-        batches = torch.stack([torch.stack(means).flatten().double() for means in self._means.values()])
-        weights = torch.tensor(self._examples, dtype=torch.float64, device=batches.device)
-        values = (batches @ weights / weights.sum()).tolist()
-        return dict(zip(self._means, values, strict=True))
+        examples = sum(self._examples)
+        sums: dict[str, float] = {}
+        for name, means in self._means.items():
+            values = torch.stack(means).flatten().tolist()
+            sums[name] = math.fsum(value * count for value, count in zip(values, self._examples, strict=True))
+        return {name: total / examples for name, total in sums.items()}
 
 
 def _are_class_indices(output: Any, targets: Tensor) -> bool:

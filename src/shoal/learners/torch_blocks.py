@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.data import ArrayDataset, Dataset, Subset
+from shoal.data import Dataset
 from shoal.learners.batches import draw_order
-from shoal.learners.torch_devices import free_memory
-
-RESIDENT_SHARE = 0.4
-"""The share of a device's free memory that a data set may take to be kept there whole."""
+from shoal.learners.torch_samples import ResidentSamples, places
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,12 +104,12 @@ class BlockData:
 
     Args:
         device: Where the model is.
+        samples: Has the resident copy.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, samples: ResidentSamples) -> None:
         self._device = device
-        self._of: ArrayDataset | None = None
-        self._resident: tuple[Tensor, Tensor] | None = None
+        self._samples = samples
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def load(self, clients: Sequence[tuple[Dataset, np.random.Generator]], plan: Schedule) -> Batches:
@@ -124,12 +121,9 @@ class BlockData:
         """
         orders = [draw_order(len(data), int(total), rng) for (data, rng), total in zip(clients, plan.seen, strict=True)]
         datasets = [data for data, _ in clients]
-        source = self._whole(datasets)
+        source = self._samples.of(datasets)
         if source is not None:
-            orders = [
-                data.indices[order] if isinstance(data, Subset) else order
-                for data, order in zip(datasets, orders, strict=True)
-            ]
+            orders = [places(data, order) for data, order in zip(datasets, orders, strict=True)]
         else:
             source, orders = self._gathered(datasets, orders)
         return _Cutter(*source, self._table(orders))
@@ -142,26 +136,6 @@ class BlockData:
         table = np.stack([np.pad(order, (0, longest - len(order)), constant_values=order[0]) for order in orders])
         return self._to_device(torch.from_numpy(table))
 
-    def _whole(self, datasets: Sequence[Dataset]) -> tuple[Tensor, Tensor] | None:
-        """Returns the one array data set of all clients on the device, if there is one and it fits."""
-        bases = {id(base): base for base in (d.dataset if isinstance(d, Subset) else d for d in datasets)}
-        base = next(iter(bases.values()))
-        if len(bases) > 1 or type(base) is not ArrayDataset:
-            return None  # another class may read its samples in its own way
-        if base is not self._of:
-            self._of, self._resident = base, self._brought(base)
-        return self._resident
-
-    def _brought(self, base: ArrayDataset) -> tuple[Tensor, Tensor] | None:
-        arrays = (base.inputs, base.targets())
-        if any(isinstance(array, np.memmap) or not array.flags.writeable for array in arrays):
-            return None  # read where it lies, in parts
-        needed = sum(array.nbytes for array in arrays)
-        if self._device.type == "cuda" and needed > RESIDENT_SHARE * free_memory(self._device):
-            return None
-        inputs, targets = (torch.from_numpy(array).to(self._device) for array in arrays)
-        return inputs, targets
-
     def _gathered(
         self, datasets: Sequence[Dataset], orders: Sequence[np.ndarray]
     ) -> tuple[tuple[Tensor, Tensor], list[np.ndarray]]:
@@ -169,8 +143,8 @@ class BlockData:
         taken = [data.take(order) for data, order in zip(datasets, orders, strict=True)]
         inputs, targets = (np.concatenate(arrays) for arrays in zip(*taken, strict=True))
         ends = np.cumsum([len(order) for order in orders])
-        places = [np.arange(end - len(order), end) for end, order in zip(ends, orders, strict=True)]
-        return (self._to_device(torch.from_numpy(inputs)), self._to_device(torch.from_numpy(targets))), places
+        spans = [np.arange(end - len(order), end) for end, order in zip(ends, orders, strict=True)]
+        return (self._to_device(torch.from_numpy(inputs)), self._to_device(torch.from_numpy(targets))), spans
 
     def _to_device(self, array: Tensor) -> Tensor:
         """Copies to the device beside what it computes, and lets it wait for the copy, not the host."""

@@ -79,7 +79,7 @@ class StackedTrainer:
     def __init__(self, learner: TorchLearner, stacking: Stacking) -> None:
         self._learner = learner
         self._stacking = stacking
-        self._data = BlockData(learner.device)
+        self._data = BlockData(learner.device, learner.samples)
         self._anchor: tuple[Broadcast, dict[str, Tensor]] | None = None
         self._pool = Pool(learner.device)
         self._lent: list[Tensor] = []

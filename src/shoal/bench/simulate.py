@@ -1,0 +1,202 @@
+"""``shoal bench simulate``: how fast an engine runs rounds, against a plain loop in the same process."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from shoal.bench.baseline import LEARNING_RATE, PlainLoop
+from shoal.bench.models import CLASSES, MODELS, BenchModel
+from shoal.data import ArrayDataset, Population
+from shoal.devices import Devices
+from shoal.engines import Engine, VectorizedEngine
+from shoal.errors import ConfigurationError, unknown_name
+from shoal.federation import Experiment
+from shoal.federation.preparation import Plan, prepare
+from shoal.federation.rounds import train_round
+from shoal.learners.torch import TorchLearner
+from shoal.learners.torch_devices import computing
+
+MOST_SAMPLES = 20_000
+"""How many different samples there are; beyond, clients share them, so that the population costs no memory."""
+
+WARM_UP = 2
+"""Rounds before the clock starts, once an engine has found how it runs best."""
+
+MOST_SEARCHING = 60
+"""Rounds that the search for that may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured; times are medians over rounds."""
+
+    engine: str
+    """Which engine ran."""
+    model: str
+    """The model's name."""
+    seconds_per_round: float
+    """Time of a round: sampling, training, summing and the server's step."""
+    clients_per_second: float
+    """Clients in that time."""
+    samples_per_second: float
+    """Samples in that time."""
+    peak_host_bytes: int
+    """The most memory that the process had at any time, data and libraries included."""
+    peak_device_bytes: int
+    """The most memory that torch had allocated on the CUDA device; 0 on a CPU."""
+    baseline_ratio: float | None
+    """The plain loop's time for the same work, as a multiple; None where it was not run."""
+    block_size: int | None
+    """The block size that was found; None for engines without."""
+    threads: int
+    """CPU threads that one operation may use."""
+
+
+def simulate(
+    *,
+    model: str,
+    population: int = 1000,
+    cohort: int = 100,
+    samples: int = 50,
+    batch_size: int = 10,
+    rounds: int = 8,
+    engine: str | Engine = "auto",
+    devices: Devices | None = None,
+    baseline: bool = False,
+) -> Measurement:
+    """Measures rounds of federated averaging with SGD, one local epoch, on random data in memory.
+
+    Args:
+        model: A name from :data:`~shoal.bench.MODELS`.
+        population: Number of clients.
+        cohort: Clients in a round.
+        samples: Samples of each client.
+        batch_size: Samples in a batch.
+        rounds: Number of rounds that are timed.
+        engine: Where the cohort runs.
+        devices: Where the model lives; None for CUDA if there is one.
+        baseline: Whether to run the same rounds in a plain loop too, one after the other in turn.
+
+    Raises:
+        ConfigurationError: A number is not positive, or a name is unknown.
+    """
+    if model not in MODELS:
+        raise unknown_name("model", model, MODELS)
+    numbers = {
+        "population": population,
+        "cohort": cohort,
+        "samples": samples,
+        "batch_size": batch_size,
+        "rounds": rounds,
+    }
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigurationError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+    data = random_samples(MODELS[model], population * samples)
+    clients = Population(data, np.arange(population * samples) % len(data), np.arange(population + 1) * samples)
+    learner = _learner(MODELS[model], batch_size, devices or Devices())
+    plan = prepare(
+        Experiment(
+            learner=learner,
+            clients=clients,
+            rounds=rounds,
+            cohort=cohort,
+            engine=engine,
+        )
+    )
+    try:
+        plain = _loop(learner, data, np.arange(population * samples).reshape(population, samples) % len(data), cohort)
+        with computing(learner.device, learner.devices.threads):  # for the plain loop too
+            ours, loop = _timed(plan, plain if baseline else None, rounds)
+    finally:
+        plan.engine.close()
+    seconds = statistics.median(ours)
+    return Measurement(
+        engine=plan.engine.name,
+        model=model,
+        seconds_per_round=seconds,
+        clients_per_second=plan.cohort / seconds,
+        samples_per_second=plan.cohort * samples / seconds,
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        baseline_ratio=statistics.median(loop) / seconds if loop else None,
+        block_size=plan.engine.found_block_size if isinstance(plan.engine, VectorizedEngine) else None,
+        threads=plan.experiment.learner.devices.threads or torch.get_num_threads(),
+    )
+
+
+def random_samples(model: BenchModel, count: int) -> ArrayDataset:
+    """Returns so many random samples, or as many as are kept apart."""
+    rng = np.random.default_rng(0)
+    different = min(count, MOST_SAMPLES)
+    return ArrayDataset(model.inputs(different, rng), rng.integers(CLASSES, size=different), classes=CLASSES)
+
+
+def _learner(model: BenchModel, batch_size: int, devices: Devices) -> TorchLearner:
+    return TorchLearner(
+        model.make,
+        loss=F.cross_entropy,
+        optimizer=partial(torch.optim.SGD, lr=LEARNING_RATE),
+        batch_size=batch_size,
+        devices=devices,
+    )
+
+
+def _loop(learner: TorchLearner, data: ArrayDataset, clients: np.ndarray, cohort: int) -> Callable[[], None]:
+    """Returns a round of the plain loop over the same clients, on the same device."""
+    inputs, targets = (torch.from_numpy(array).to(learner.device) for array in (data.inputs, data.targets()))
+    table = torch.from_numpy(clients).to(learner.device)
+    loop = PlainLoop(learner.model().to(learner.device), inputs, targets, table, learner.batch_size or 1)
+    rng = np.random.default_rng(1)
+    return lambda: loop.round(rng.choice(len(clients), cohort, replace=False))
+
+
+def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Returns the seconds of each timed round, ours and the plain loop's."""
+    state = plan.start
+
+    def ours() -> None:
+        nonlocal state
+        state, _ = train_round(plan, state, ())
+
+    _warm_up(plan.engine, ours)
+    if loop is not None:
+        _clock(loop)
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        times[0].append(_clock(ours))
+        if loop is not None:
+            times[1].append(_clock(loop))
+    return times
+
+
+def _warm_up(engine: Any, round: Callable[[], None]) -> None:
+    for _ in range(WARM_UP):
+        round()
+    searched = WARM_UP
+    while isinstance(engine, VectorizedEngine) and not engine.settled and searched < MOST_SEARCHING:
+        round()
+        searched += 1
+
+
+def _clock(action: Callable[[], None]) -> float:
+    _synchronize()
+    started = time.perf_counter()
+    action()
+    _synchronize()
+    return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,81 @@
+"""``shoal bench``: measuring on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.exits import guarded
+from shoal.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from shoal.bench import Measurement
+
+bench = typer.Typer(name="bench", help="Measure engines on this machine.", no_args_is_help=True)
+
+
+def simulate(
+    model: Annotated[str, typer.Option(help="logistic, mlp, lenet, resnet18gn or transformer.")] = "lenet",
+    population: Annotated[int, typer.Option(help="Number of clients.")] = 1000,
+    cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 100,
+    samples: Annotated[int, typer.Option(help="Samples of each client.")] = 50,
+    batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 10,
+    rounds: Annotated[int, typer.Option(help="Rounds that are timed.")] = 8,
+    engine: Annotated[str, typer.Option(help="Where the cohort runs.")] = "auto",
+    block_size: Annotated[int | None, typer.Option(help="Clients in a block of the vectorized engine.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")] = "auto",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of one operation; torch's default if left out.")
+    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="loop: a plain PyTorch loop in turn, as a ratio.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time rounds of federated averaging on random data."""
+    if baseline not in (None, "loop"):
+        raise ConfigurationError(f"--baseline takes loop, not {baseline!r}")
+    import dataclasses
+
+    from shoal.bench import simulate as measure
+    from shoal.cli.devices import parse_device
+    from shoal.engines import VectorizedEngine
+
+    if block_size is not None and engine != "vectorized":
+        raise ConfigurationError(f"--block-size belongs to --engine vectorized, not to {engine}")
+    found = measure(
+        model=model,
+        population=population,
+        cohort=cohort,
+        samples=samples,
+        batch_size=batch_size,
+        rounds=rounds,
+        engine=engine if block_size is None else VectorizedEngine(block_size),
+        devices=dataclasses.replace(parse_device(device), threads=threads),
+        baseline=baseline is not None,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+    else:
+        _print_table(found)
+
+
+bench.command()(guarded(simulate))
+
+
+def _print_table(found: Measurement) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    blocks = f", blocks of {found.block_size}" if found.block_size else ""
+    table.add_row("engine", f"{found.engine}{blocks}, {found.threads} threads")
+    table.add_row("model", found.model)
+    table.add_row("a round", f"{found.seconds_per_round * 1e3:.1f} ms (median)")
+    table.add_row("speed", f"{found.clients_per_second:,.0f} clients/s, {found.samples_per_second:,.0f} samples/s")
+    table.add_row("peak memory", f"{found.peak_host_bytes / 2**20:,.0f} MiB of the process")
+    if found.peak_device_bytes:
+        table.add_row("", f"{found.peak_device_bytes / 2**20:,.0f} MiB of the device")
+    if found.baseline_ratio is not None:
+        table.add_row("a plain loop", f"takes {found.baseline_ratio:.2f} times as long")
+    Console().print(table, markup=False, highlight=False, soft_wrap=True)
