@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.version import __version__
 
 if TYPE_CHECKING:
-    from shoal import data, errors
+    from shoal import data, engines, errors
     from shoal.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from shoal.devices import Devices
     from shoal.federation import Callback, Experiment, FederationResult, Progress, federate, run_experiment
@@ -44,6 +44,7 @@ __all__ = [
     "Update",
     "__version__",
     "data",
+    "engines",
     "errors",
     "federate",
     "run_experiment",
@@ -63,7 +64,7 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("data", "errors"):
+    if name in ("data", "engines", "errors"):
         return importlib.import_module(f"shoal.{name}")
     if name in _HOME_OF:
         value = getattr(importlib.import_module(_HOME_OF[name]), name)
