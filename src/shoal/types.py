@@ -102,6 +102,8 @@ class StackedUpdate:
 class _Row(Mapping[str, Array]):
     """One client's part of a stacked tree."""
 
+    __slots__ = ("_index", "_stacked")
+
     def __init__(self, stacked: Params, index: int) -> None:
         self._stacked = stacked
         self._index = index

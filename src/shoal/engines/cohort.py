@@ -71,7 +71,7 @@ class CohortSum:
         outcomes = []
         for index, (client, fine) in enumerate(zip(block.clients, finite.tolist(), strict=True)):
             if fine:
-                values = ((name, column[index]) for name, column in columns.items())
+                values = [(name, column[index]) for name, column in columns.items()]
                 self._report(client, float(updates.weights[index]), values)
             outcomes.append(self._ended(client, None if fine else _not_finite("update")))
         return outcomes

@@ -53,16 +53,19 @@ class ClientMetrics:
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
-        self.weight = 0.0
         self._values: dict[str, list[float]] = {}
         self._weights: dict[str, list[float]] = {}
 
     def add(self, metrics: Mapping[str, float], weight: float) -> None:
         """Adds one client's means over ``weight`` examples."""
-        self.weight += weight
         for name, value in metrics.items():
             self._values.setdefault(name, []).append(value)
             self._weights.setdefault(name, []).append(weight)
+
+    def extend(self, name: str, values: Sequence[float], weights: Sequence[float]) -> None:
+        """Adds one metric of many clients: each one's mean, over so many examples."""
+        self._values.setdefault(name, []).extend(values)
+        self._weights.setdefault(name, []).extend(weights)
 
     def summary(self) -> dict[str, float]:
         """Returns ``prefix_name`` (mean over examples) and ``prefix_name_p10``, ``_p50``, ``_p90`` (over clients)."""

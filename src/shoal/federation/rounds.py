@@ -87,8 +87,9 @@ class _Ends:
 def _training(summed: CohortSum) -> ClientMetrics:
     """Returns the clients' metrics, in the clients' order whatever the order of the results was."""
     metrics = ClientMetrics("train")
-    for client, examples in sorted(summed.examples.items()):
-        metrics.add({name: column[client] for name, column in summed.metrics.items() if client in column}, examples)
+    for name, column in summed.metrics.items():
+        clients = sorted(column)
+        metrics.extend(name, [column[client] for client in clients], [summed.examples[client] for client in clients])
     return metrics
 
 

@@ -36,8 +36,16 @@ class Part:
         """Whether there is padding."""
         return bool((self.counts < self.width).any())
 
-    def examples(self, device: torch.device) -> Tensor:
-        """Returns how many samples each batch really has, on the device, float64."""
+    @cached_property
+    def start(self) -> int | None:
+        """Where the batches begin, if it is one place for all clients of the block, and no batch is padded."""
+        same = self.rows is None and not self.padded and bool((self.starts == self.starts[0]).all())
+        return int(self.starts[0]) if same else None
+
+    def examples(self, device: torch.device) -> Tensor | int:
+        """Returns how many samples each batch really has, float64 on the device, or one number for all."""
+        if not self.padded:
+            return self.width
         return torch.as_tensor(self.counts, dtype=torch.float64, device=device)
 
 
@@ -64,10 +72,12 @@ def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: b
     """Returns how a block of clients goes through its steps.
 
     Args:
-        sizes: The sizes of each client's batches.
+        sizes: The sizes of each client's batches; one list for clients of equal size.
         examples: How many samples each client has.
         pads: Whether unequal batches of a step are padded to one size; else each size is a part of its own.
     """
+    if all(one is sizes[0] for one in sizes):
+        return _uniform(sizes[0], np.asarray(examples))
     longest = max(len(one) for one in sizes)
     table = np.zeros((len(sizes), longest), dtype=np.int64)
     for row, one in enumerate(sizes):
@@ -83,6 +93,15 @@ def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: b
         seen=table.sum(axis=1).astype(np.float64),
         ends=ends,
     )
+
+
+def _uniform(sizes: Sequence[int], examples: np.ndarray) -> Schedule:
+    """Returns the schedule of clients that all have these batches."""
+    steps, start = [], 0
+    for size in sizes:
+        steps.append([Part(np.full(len(examples), start), np.full(len(examples), size), None)])
+        start += size
+    return Schedule(steps=steps, examples=examples, seen=np.full(len(examples), float(start)))
 
 
 def _parts(counts: np.ndarray, starts: np.ndarray, *, pads: bool) -> list[Part]:
@@ -175,8 +194,8 @@ class _Cutter:
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         clients, width = len(part.counts), part.width
         table = self._table
-        if part.rows is None and (part.starts == part.starts[0]).all() and not part.padded:
-            picked = table[:, int(part.starts[0]) : int(part.starts[0]) + width].reshape(-1)
+        if part.start is not None:
+            picked = table[:, part.start : part.start + width].reshape(-1)
             masks = None
         else:
             place = np.arange(width)[None, :]

@@ -59,10 +59,9 @@ class PerClient(TorchFunctionMode):
         self._pool = pool
         self._noise_format = noise_format
         self._generators = generators
-        convolve = _grouped_convolution if convolution == "grouped" else _matmul_convolution
         self._rules: dict[Any, Callable[..., Tensor]] = {
             F.linear: self._linear,
-            F.conv2d: convolve,
+            F.conv2d: partial(_convolution, convolution),
             F.max_pool2d: _pool(F.max_pool2d),
             F.avg_pool2d: _pool(F.avg_pool2d),
             F.group_norm: _group_norm,
@@ -227,7 +226,8 @@ def _weight_gradient(gradient: Tensor, x: Tensor, pool: Pool) -> Tensor:
     return torch.bmm(gradient.mT, x, out=pool.take(shape, torch.result_type(gradient, x)))
 
 
-def _grouped_convolution(
+def _convolution(
+    kind: Convolution,
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -239,48 +239,30 @@ def _grouped_convolution(
     def plain(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return F.conv2d(x, w, b, stride, padding, dilation, groups)
 
-    def grouped(x: Tensor, w: Tensor, b: Tensor | None, shared: Sequence[bool]) -> tuple[Tensor, int]:
+    def run(x: Tensor, w: Tensor, b: Tensor | None, shared: Sequence[bool]) -> tuple[Tensor, int]:
         clients = len(x)
         if shared[0] and shared[1]:
             return torch.unflatten(plain(x.flatten(0, 1), w, b), 0, (clients, -1)), 0
         w = w.expand(clients, *w.shape) if shared[0] else w
-        if b is not None:
-            b = (b.expand(clients, *b.shape) if shared[1] else b).reshape(-1)
-        result = F.conv2d(_beside_channels(x), w.flatten(0, 1), b, stride, padding, dilation, groups * clients)
-        return torch.unflatten(result, 1, (clients, -1)), 1
+        b = b.expand(clients, -1) if b is not None and shared[1] else b
+        return lowered(x, w, b)
 
-    return _on_block(grouped if input.ndim == 4 else None, plain, input, weight, bias)
+    def grouped(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, int]:
+        all_groups, offset = groups * len(x), None if b is None else b.reshape(-1)
+        result = F.conv2d(_beside_channels(x), w.flatten(0, 1), offset, stride, padding, dilation, all_groups)
+        return torch.unflatten(result, 1, (len(x), -1)), 1
 
-
-def _matmul_convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    if groups != 1 or isinstance(padding, str) or input.ndim != 4:
-        return _grouped_convolution(input, weight, bias, stride, padding, dilation, groups)
-
-    def plain(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        return F.conv2d(x, w, b, stride, padding, dilation)
-
-    def product(x: Tensor, w: Tensor, b: Tensor | None, shared: Sequence[bool]) -> tuple[Tensor, int]:
-        clients, batch = x.shape[:2]
-        if shared[0] and shared[1]:
-            return torch.unflatten(plain(x.flatten(0, 1), w, b), 0, (clients, batch)), 0
+    def product(x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, int]:
         kernel = w.shape[-2:]
-        unfolded = F.unfold(x.flatten(0, 1), tuple(kernel), dilation, padding, stride)
-        patches = torch.unflatten(unfolded, 0, (clients, batch))
-        w = w.expand(clients, *w.shape) if shared[0] else w
-        result = w.flatten(2).unsqueeze(1) @ patches
+        patches = F.unfold(x.flatten(0, 1), tuple(kernel), dilation, padding, stride)
+        result = w.flatten(2).unsqueeze(1) @ torch.unflatten(patches, 0, x.shape[:2])
         if b is not None:
-            result = result + (b.expand(clients, -1) if shared[1] else b)[:, None, :, None]
+            result = result + b[:, None, :, None]
         return torch.unflatten(result, -1, _spatial(x, kernel, stride, padding, dilation)), 0
 
-    return _on_block(product, plain, input, weight, bias)
+    can_multiply = groups == 1 and not isinstance(padding, str)
+    lowered = product if kind == "matmul" and can_multiply else grouped
+    return _on_block(run if input.ndim == 4 else None, plain, input, weight, bias)
 
 
 def _spatial(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> list[int]:
