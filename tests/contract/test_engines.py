@@ -218,9 +218,9 @@ def test_a_client_that_diverges_is_left_out_of_the_sum(engine):
 def test_it_is_found_by_its_name_and_auto_says_which_and_why(engine):
     data = population().dataset
     for name in (engine, "auto"):
-        chosen, line = choose_engine(name, learner(), data)
+        chosen, line = choose_engine(name, learner(), data, population().sizes)
         with contextlib.closing(chosen):
             assert chosen.name in line
             assert name in ("auto", chosen.name)
     with pytest.raises(ConfigurationError, match=f"unknown engine '{engine[:-1]}'; did you mean"):
-        choose_engine(engine[:-1], learner(), data)
+        choose_engine(engine[:-1], learner(), data, population().sizes)

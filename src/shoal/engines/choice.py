@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from shoal.data import Dataset
 from shoal.engines.base import Engine
 from shoal.engines.sequential import SequentialEngine
@@ -15,19 +17,20 @@ ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine, "vec
 """The engines by the names that configurations and the command line know."""
 
 
-def choose_engine(engine: str | Engine, learner: Learner, dataset: Dataset) -> tuple[Engine, str]:
+def choose_engine(engine: str | Engine, learner: Learner, dataset: Dataset, sizes: np.ndarray) -> tuple[Engine, str]:
     """Returns the engine that a name means, opened, and one line that says which it is and why.
 
     Args:
         engine: A name from :data:`ENGINES`, ``"auto"``, or an engine of the user's own.
         learner: What it is to run.
         dataset: All samples.
+        sizes: How many of them each client has.
 
     Raises:
         ConfigurationError: No engine has that name, or it cannot run here.
     """
     if engine == "auto":
-        return _fastest(learner, dataset)
+        return _fastest(learner, dataset, sizes)
     if isinstance(engine, str):
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ["auto", *ENGINES])
@@ -38,10 +41,17 @@ def choose_engine(engine: str | Engine, learner: Learner, dataset: Dataset) -> t
     return made, f"engine {made.name}: {why}"
 
 
-def _fastest(learner: Learner, dataset: Dataset) -> tuple[Engine, str]:
+def _fastest(learner: Learner, dataset: Dataset, sizes: np.ndarray) -> tuple[Engine, str]:
+    """Chooses without a clock, so that equal runs have equal engines."""
     vectorized = VectorizedEngine()
     try:
-        vectorized.trainer(learner, dataset)
+        trainer = vectorized.trainer(learner, dataset)
     except CannotStackError as error:
         return SequentialEngine(), f"engine sequential: {error}"
+    if not trainer.pads and len(sizes) and (sizes != sizes[0]).any():
+        vectorized.close()
+        return (
+            SequentialEngine(),
+            "engine sequential: clients of unequal size whose batches cannot be padded are as fast",
+        )
     return vectorized, "engine vectorized: the clients' models can be stacked, and end as they would one by one"

@@ -73,6 +73,11 @@ class BlockTrainer(Protocol):
         ...  # pragma: no cover
 
     @property
+    def pads(self) -> bool:
+        """Whether batches of unequal size are padded to one, rather than run one size after the other."""
+        ...  # pragma: no cover
+
+    @property
     def repeatable(self) -> bool:
         """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
         ...  # pragma: no cover

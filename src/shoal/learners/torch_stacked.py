@@ -91,6 +91,11 @@ class StackedTrainer:
         return self._stacking.convolutions
 
     @property
+    def pads(self) -> bool:
+        """Whether batches of unequal size are padded to one, rather than run one size after the other."""
+        return self._stacking.pads
+
+    @property
     def repeatable(self) -> bool:
         """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
         return self._stacking.repeatable

@@ -12,7 +12,7 @@ from shoal.engines import ClientTask, VectorizedEngine, choose_engine
 from shoal.engines.blocks import by_work, next_block
 from shoal.errors import CannotStackError, ClientError, ConfigurationError
 from shoal.types import Broadcast
-from support import Mlp, assert_equal, learner, population, samples
+from support import BatchNormNet, Mlp, assert_equal, learner, population, samples
 
 
 def tasks(clients, cohort):
@@ -105,8 +105,8 @@ def test_what_cannot_be_stacked_is_named(settings, reason):
     with pytest.raises(CannotStackError, match=reason):
         ours.stacked(samples(40))
     with pytest.raises(ConfigurationError, match=rf"cannot hold this learner: .*{reason}.*; use engine='auto'"):
-        choose_engine("vectorized", ours, samples(40))
-    engine, line = choose_engine("auto", ours, samples(40))
+        choose_engine("vectorized", ours, samples(40), np.array([20, 20]))
+    engine, line = choose_engine("auto", ours, samples(40), np.array([20, 20]))
     assert engine.name == "sequential"
     assert line.startswith("engine sequential: ")
 
@@ -168,3 +168,14 @@ def test_of_ten_thousand_lognormal_clients_every_sample_is_seen_once_and_little_
         start += len(block)
     assert seen == sizes.sum()
     assert 1 - seen / computed < 0.15
+
+
+def test_auto_leaves_unequal_clients_that_cannot_be_padded_to_the_sequential_engine():
+    for model, sizes, name in (
+        (BatchNormNet, [20, 20], "vectorized"),
+        (BatchNormNet, [25, 15], "sequential"),
+        (Mlp, [25, 15], "vectorized"),
+    ):
+        engine, line = choose_engine("auto", learner(model), samples(40), np.array(sizes))
+        assert engine.name == name
+        assert line.startswith(f"engine {name}: ")
