@@ -17,7 +17,7 @@ import numpy as np
 
 from shoal import trees
 from shoal.errors import CheckpointError, ConfigurationError
-from shoal.runs.files import storing, sync_file, sync_folder, write_json
+from shoal.runs.files import storing, sync_file, sync_folder, temporary_name, write_json
 from shoal.types import Array, Params
 
 FORMAT = 1
@@ -180,7 +180,7 @@ def save_model(path: Path, tensors: Params, metadata: Mapping[str, str]) -> None
         StorageError: The disk is full or refuses; a model that was there before is still there, whole.
         ConfigurationError: safetensors has no such dtype, for instance numpy's complex128.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with storing(path):
         try:
             save_tensors(temporary, tensors, metadata)

@@ -22,7 +22,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     Raises:
         StorageError: The disk is full or refuses; what had the name before is still there, whole.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(temporary_name(path.name))
     with storing(path):
         try:
             with temporary.open("wb") as stream:
@@ -33,6 +33,11 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """Returns the name that a file has in its folder until it is whole; a killed process leaves it there."""
+    return f".{name}.tmp"
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from shoal.errors import RunFolderError
-from shoal.runs.files import require_space, storing, write_json
+from shoal.runs.files import require_space, storing, temporary_name, write_json
 from shoal.runs.metrics import read_metrics
 
 CONFIG = "config.json"
@@ -144,8 +144,9 @@ def _require_run_or_empty(path: Path) -> None:
     if not path.is_dir():
         raise RunFolderError(f"{path} is a file: choose another run folder")
     names = {entry.name for entry in path.iterdir()}
-    if CONFIG not in names and names - {LOCK}:
-        raise RunFolderError(f"{path} holds other things ({min(names)}, …) and no run: choose another run folder")
+    others = names - {LOCK, temporary_name(CONFIG)}  # these a process leaves that was killed while it began a run
+    if CONFIG not in names and others:
+        raise RunFolderError(f"{path} holds other things ({min(others)}, …) and no run: choose another run folder")
 
 
 def _locked(path: Path) -> FileIO:

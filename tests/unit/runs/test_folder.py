@@ -42,6 +42,14 @@ def test_an_empty_folder_will_do(tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+def test_a_process_killed_while_it_began_leaves_room_for_the_next(tmp_path):
+    """What it leaves: its lock, and the configuration under its temporary name, whole or in part."""
+    tmp_path.joinpath("run.lock").write_text("process 1 on host\n")
+    tmp_path.joinpath(".config.json.tmp").write_text('{"identity": {"se')
+    RunFolder.open(tmp_path, CONFIG, resume=False).close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "run.lock"]
+
+
 def test_other_versions_are_noticed(tmp_path):
     RunFolder.open(tmp_path, CONFIG, resume=False).close()
     newer = CONFIG | {"environment": {"versions": {"torch": "2.14.0"}, "command": ["other"]}}
