@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
+from shoal.data import ArrayDataset, Population
+
 CLASSES = 4
 SHAPE = (3, 8, 8)
+
+
+def images(sizes: Sequence[int], dtype: Any = np.float32) -> Population:
+    """Returns clients with so many random images each."""
+    rng = np.random.default_rng(0)
+    data = ArrayDataset(rng.normal(size=(sum(sizes), *SHAPE)).astype(dtype), rng.integers(CLASSES, size=sum(sizes)))
+    return Population(data, np.arange(len(data)), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 class Recurrent(nn.Module):

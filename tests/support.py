@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import shoal
 from shoal.data import ArrayDataset, Population
+from shoal.engines import ClientTask
+from shoal.learners.batches import batch_sizes, draw_order
 from shoal.runs import TIME_KEYS
 
 FEATURES, CLASSES = 6, 3
@@ -32,6 +34,17 @@ def population(sizes: Sequence[int] = (7, 12, 5, 9, 20), *, seed: int = 0) -> Po
     """Returns clients of the given sizes."""
     data = samples(sum(sizes), seed=seed)
     return Population(data, np.arange(len(data)), np.concatenate([[0], np.cumsum(sizes)]))
+
+
+def tasks(clients: Population, cohort: Sequence[int]) -> list[ClientTask]:
+    """Returns the tasks of a first round."""
+    return [ClientTask(client=k, data=clients[k], seed=0, round=1) for k in cohort]
+
+
+def batch_indices(count: int, *, rng: np.random.Generator, **settings: Any) -> list[np.ndarray]:
+    """Returns the examples' indices batch by batch, as a learner sees them."""
+    sizes = batch_sizes(count, **settings)
+    return np.split(draw_order(count, sum(sizes), rng), np.cumsum(sizes[:-1]))
 
 
 class Mlp(nn.Sequential):

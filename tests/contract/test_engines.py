@@ -12,14 +12,13 @@ import torch
 from torch.nn import functional as F
 
 import shoal
-from models import CLASSES as SCORES
-from models import MODELS, SHAPE, Transformer, dropout
+from models import MODELS, Transformer, dropout, images
 from shoal import trees
 from shoal.data import ArrayDataset, Population
-from shoal.engines import ENGINES, ClientTask, CohortSum, SequentialEngine, choose_engine
+from shoal.engines import ENGINES, CohortSum, SequentialEngine, choose_engine
 from shoal.errors import ConfigurationError
 from shoal.types import Broadcast, LocalObjective
-from support import BatchNormNet, Mlp, assert_equal, learner, population
+from support import BatchNormNet, Mlp, assert_equal, learner, population, tasks
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
@@ -38,12 +37,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def images(sizes, dtype=np.float32):
-    rng = np.random.default_rng(0)
-    data = ArrayDataset(rng.normal(size=(sum(sizes), *SHAPE)).astype(dtype), rng.integers(SCORES, size=sum(sizes)))
-    return Population(data, np.arange(len(data)), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def trained(engine, model, optimizer, sizes, method, dtype):
@@ -80,10 +73,6 @@ def test_it_ends_where_the_reference_does(engine, dtype, model, optimizer, sizes
         return
     close = 1e-9 if dtype == torch.float64 else 1e-4 if optimizer == "adamw" else 1e-5
     assert_equal(trained(engine, *case), expected, atol=0 if engine in ("process", "distributed") else close)
-
-
-def tasks(clients, cohort):
-    return [ClientTask(client=k, data=clients[k], seed=0, round=1) for k in cohort]
 
 
 @contextlib.contextmanager

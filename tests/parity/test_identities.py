@@ -10,14 +10,12 @@ import torch
 from torch.nn import functional as F
 
 import shoal
-from models import CLASSES as SCORES
-from models import MODELS, SHAPE
-from shoal.data import ArrayDataset, Population
+from models import MODELS, images
+from shoal.data import Population
 from shoal.engines import VectorizedEngine
 from shoal.federation.cohorts import sample_cohort
-from shoal.learners.batches import batch_indices
 from shoal.randomness import generator
-from support import BatchNormNet, Mlp, assert_equal, differ, learner, population, samples
+from support import BatchNormNet, Mlp, assert_equal, batch_indices, differ, learner, population, samples
 
 
 def seeded(model, seed):
@@ -100,12 +98,6 @@ def test_clients_given_one_by_one_are_the_partition_of_the_whole():
     assert_equal(
         shoal.federate(ours, apart, rounds=3, cohort=2).params, shoal.federate(ours, clients, rounds=3, cohort=2).params
     )
-
-
-def images(sizes):
-    rng = np.random.default_rng(0)
-    data = ArrayDataset(rng.normal(size=(sum(sizes), *SHAPE)).astype(np.float32), rng.integers(SCORES, size=sum(sizes)))
-    return Population(data, np.arange(len(data)), np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def stacked(model, clients, block_size):

@@ -92,32 +92,16 @@ def simulate(
     """
     if model not in MODELS:
         raise unknown_name("model", model, MODELS)
-    numbers = {
-        "population": population,
-        "cohort": cohort,
-        "samples": samples,
-        "batch_size": batch_size,
-        "rounds": rounds,
-    }
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigurationError(f"{name.replace('_', '-')} must be at least 1, not {value}")
+    _require_positive(population=population, cohort=cohort, samples=samples, batch_size=batch_size, rounds=rounds)
     data = random_samples(MODELS[model], population * samples)
-    clients = Population(data, np.arange(population * samples) % len(data), np.arange(population + 1) * samples)
+    table = np.arange(population * samples).reshape(population, samples) % len(data)
+    clients = Population(data, table.reshape(-1), np.arange(population + 1) * samples)
     learner = _learner(MODELS[model], batch_size, devices or Devices())
-    plan = prepare(
-        Experiment(
-            learner=learner,
-            clients=clients,
-            rounds=rounds,
-            cohort=cohort,
-            engine=engine,
-        )
-    )
+    plan = prepare(Experiment(learner=learner, clients=clients, rounds=rounds, cohort=cohort, engine=engine))
     try:
-        plain = _loop(learner, data, np.arange(population * samples).reshape(population, samples) % len(data), cohort)
+        plain = _loop(learner, data, table, cohort) if baseline else None
         with computing(learner.device, learner.devices.threads):  # for the plain loop too
-            ours, loop = _timed(plan, plain if baseline else None, rounds)
+            ours, loop = _timed(plan, plain, rounds)
     finally:
         plan.engine.close()
     seconds = statistics.median(ours)
@@ -133,6 +117,12 @@ def simulate(
         block_size=plan.engine.found_block_size if isinstance(plan.engine, VectorizedEngine) else None,
         threads=plan.experiment.learner.devices.threads or torch.get_num_threads(),
     )
+
+
+def _require_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigurationError(f"{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def random_samples(model: BenchModel, count: int) -> ArrayDataset:

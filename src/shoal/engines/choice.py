@@ -49,9 +49,6 @@ def _fastest(learner: Learner, dataset: Dataset, sizes: np.ndarray) -> tuple[Eng
     except CannotStackError as error:
         return SequentialEngine(), f"engine sequential: {error}"
     if not trainer.pads and len(sizes) and (sizes != sizes[0]).any():
-        vectorized.close()
-        return (
-            SequentialEngine(),
-            "engine sequential: clients of unequal size whose batches cannot be padded are as fast",
-        )
+        why = "clients of unequal size whose batches cannot be padded are as fast"
+        return SequentialEngine(), f"engine sequential: {why}"
     return vectorized, "engine vectorized: the clients' models can be stacked, and end as they would one by one"

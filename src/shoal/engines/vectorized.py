@@ -44,7 +44,7 @@ class VectorizedEngine:
             raise ConfigurationError(f"block_size must be at least 1, not {block_size}; None finds the fastest")
         self.block_size = block_size
         self._trainer: tuple[Learner, BlockTrainer] | None = None
-        self._search: BlockSearch | None = None
+        self._searches: dict[bool, BlockSearch] = {}  # by whether sizes may be tried
         self._last: BlockSearch | None = None
 
     def open(self, learner: Learner, dataset: Dataset) -> None:
@@ -69,7 +69,7 @@ class VectorizedEngine:
         if self._trainer is None or self._trainer[0] is not learner:
             if not isinstance(learner, StackableLearner):
                 raise CannotStackError(f"{type(learner).__name__} trains one client at a time")
-            self._trainer, self._search = (learner, learner.stacked(dataset)), None
+            self._trainer, self._searches = (learner, learner.stacked(dataset)), {}
         return self._trainer[1]
 
     @property
@@ -109,14 +109,19 @@ class VectorizedEngine:
         self._trainer = None
 
     def _search_for(self, trainer: BlockTrainer, tasks: Sequence[ClientTask]) -> BlockSearch:
-        """Returns the search that a cohort's blocks take their size from: the run's, where sizes may be tried on it."""
-        most = min(trainer.capacity(), len(tasks))
-        if self.block_size is None and not (trainer.repeatable and len({len(task.data) for task in tasks}) == 1):
+        """Returns the search that a cohort's blocks take their size from; later rounds go on with it."""
+        searchable = trainer.repeatable and len({len(task.data) for task in tasks}) == 1
+        if searchable not in self._searches:
+            self._searches[searchable] = self._new_search(trainer, len(tasks), searchable=searchable)
+        return self._searches[searchable]
+
+    def _new_search(self, trainer: BlockTrainer, cohort: int, *, searchable: bool) -> BlockSearch:
+        if self.block_size is not None:
+            return BlockSearch(self.block_size, self.block_size, trainer.variants, fixed=True)
+        most = min(trainer.capacity(), cohort)
+        if not searchable:
             return BlockSearch(min(most, UNSEARCHED), most, trainer.variants[:1], fixed=True)
-        if self._search is None:
-            fixed = self.block_size is not None
-            self._search = BlockSearch(self.block_size or min(most, FIRST), most, trainer.variants, fixed=fixed)
-        return self._search
+        return BlockSearch(min(most, FIRST), most, trainer.variants)
 
     def _attempt(
         self, learner: Learner, trainer: BlockTrainer, broadcast: Broadcast, tasks: Sequence[ClientTask], variant: str

@@ -59,8 +59,7 @@ class ClientMetrics:
     def add(self, metrics: Mapping[str, float], weight: float) -> None:
         """Adds one client's means over ``weight`` examples."""
         for name, value in metrics.items():
-            self._values.setdefault(name, []).append(value)
-            self._weights.setdefault(name, []).append(weight)
+            self.extend(name, [value], [weight])
 
     def extend(self, name: str, values: Sequence[float], weights: Sequence[float]) -> None:
         """Adds one metric of many clients: each one's mean, over so many examples."""

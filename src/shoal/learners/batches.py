@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
 
-def batch_sizes(count: int, *, batch_size: int | None, epochs: int, steps: int | None) -> list[int]:
+@lru_cache(maxsize=4096)  # clients are many, and their sizes few
+def batch_sizes(count: int, *, batch_size: int | None, epochs: int, steps: int | None) -> tuple[int, ...]:
     """Returns how many examples each batch of one call to ``fit`` has.
 
     Args:
@@ -18,7 +19,7 @@ def batch_sizes(count: int, *, batch_size: int | None, epochs: int, steps: int |
     """
     size = min(batch_size or count, count)
     full, rest = divmod(count, size)
-    one_pass = [size] * full + [rest] * (rest > 0)
+    one_pass = (size,) * full + (rest,) * (rest > 0)
     if steps is None:
         return one_pass * epochs
     return (one_pass * -(-steps // len(one_pass)))[:steps]
@@ -34,23 +35,3 @@ def draw_order(count: int, total: int, rng: np.random.Generator) -> np.ndarray:
     """
     passes = [rng.permutation(count) for _ in range(-(-total // count))]
     return passes[0] if total == count else np.concatenate(passes)[:total]
-
-
-def batch_indices(
-    count: int, *, batch_size: int | None, epochs: int, steps: int | None, rng: np.random.Generator
-) -> Iterator[np.ndarray]:
-    """Yields the examples' indices batch by batch, shuffled anew in each pass over the data.
-
-    Args:
-        count: Number of examples, > 0.
-        batch_size: As in :func:`batch_sizes`, like the next two.
-        epochs: Number of passes.
-        steps: Number of batches in place of passes.
-        rng: Draws one permutation for each pass.
-    """
-    sizes = batch_sizes(count, batch_size=batch_size, epochs=epochs, steps=steps)
-    order = draw_order(count, sum(sizes), rng)
-    start = 0
-    for size in sizes:
-        yield order[start : start + size]
-        start += size

@@ -215,17 +215,25 @@ class TorchLearner:
     ) -> dict[str, float]:
         step = _LocalStep(self, resident, broadcast)
         tally = _Tally()
-        sizes = batch_sizes(len(data), batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
+        sizes = self.batch_sizes(len(data))
         order = draw_order(len(data), sum(sizes), rng)
         for (inputs, targets), size in zip(self.samples.batches(data, order, sizes), sizes, strict=True):
-            loss, output = step.take(self.transform(inputs) if self.transform else inputs, targets)
+            loss, output = step.take(self.transformed(inputs), targets)
             measured = self.measure(output, targets) if self.train_metrics else {}
             tally.add({"loss": loss, **measured}, size)
         return tally.means()
 
     def _batch(self, data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         inputs, targets = next(self.samples.batches(data, indices, [len(indices)]))
-        return (self.transform(inputs) if self.transform else inputs), targets
+        return self.transformed(inputs), targets
+
+    def batch_sizes(self, examples: int) -> tuple[int, ...]:
+        """Returns how many examples each batch of one call to :meth:`fit` has, for a client with so many."""
+        return batch_sizes(examples, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
+
+    def transformed(self, inputs: Tensor) -> Tensor:
+        """Returns a batch as the model takes it."""
+        return self.transform(inputs) if self.transform else inputs
 
     @torch.no_grad()
     def measure(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
@@ -242,7 +250,7 @@ class _LocalStep:
     def __init__(self, learner: TorchLearner, resident: ResidentModel, broadcast: Broadcast) -> None:
         self._learner = learner
         self._resident = resident
-        self._gradient = ObjectiveGradient(broadcast.objective, resident)
+        self._gradient = ObjectiveGradient(broadcast, resident, resident.params)
         self._optimizer = learner.optimizer(list(resident.params.values()))
         self._needs_closure = _needs_closure(cast("Hashable", type(self._optimizer)))
         self._inputs: Any = None
@@ -279,7 +287,7 @@ def _needs_closure(kind: Hashable) -> bool:
 
 
 class _Tally:
-    """Means over examples; batch by batch they stay on the device, and are summed and read from it once."""
+    """Means over examples; batch by batch they stay on the device, and each is read from it once, at the end."""
 
     def __init__(self) -> None:
         self._means: dict[str, list[Tensor]] = {}

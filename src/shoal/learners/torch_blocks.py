@@ -60,7 +60,7 @@ class Schedule:
     seen: np.ndarray
     """How many it sees, with repetition, float64."""
     ends: Mapping[int, list[int]] = field(default_factory=dict)
-    """Which clients make their last step before the block does, by step; and the rest at the last, if there are any."""
+    """Which clients make their last step in a step; empty where all end together."""
 
     @property
     def work(self) -> int:

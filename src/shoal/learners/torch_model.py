@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from shoal import trees
 from shoal.errors import ConfigurationError
-from shoal.types import Array, LocalObjective, ModelState, Params
+from shoal.types import Array, Broadcast, ModelState, Params
 
 ModuleSource = nn.Module | Callable[[], nn.Module]
 """A module to copy, or a function (or class) that makes one."""
@@ -100,14 +100,16 @@ class ObjectiveGradient:
     """The gradient of the local objective's terms beside the task loss: ``correction + proximal · (w − w_global)``.
 
     Args:
-        objective: The terms.
-        resident: The module, holding the broadcast's parameters w_global at this moment.
+        broadcast: Has the terms and the parameters w_global.
+        resident: Says where they are to be.
+        params: The parameters w of one client; or of several, stacked on a first axis.
     """
 
-    def __init__(self, objective: LocalObjective, resident: ResidentModel) -> None:
-        self._params = resident.params
+    def __init__(self, broadcast: Broadcast, resident: ResidentModel, params: Mapping[str, Tensor]) -> None:
+        objective = broadcast.objective
+        self._params = params
         self._proximal = objective.proximal
-        self._anchor = {name: p.detach().clone() for name, p in resident.params.items()} if objective.proximal else {}
+        self._anchor = resident.on_device(broadcast.model.params) if objective.proximal else {}
         self._correction = resident.on_device(objective.correction or {})
 
     @torch.no_grad()

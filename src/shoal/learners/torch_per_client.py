@@ -41,29 +41,28 @@ class PerClient(TorchFunctionMode):
 
     Args:
         convolution: How convolutions run.
-        generators: The clients' generators, on the model's device, in the order of the clients. Dropout draws from
-            them what it would draw for that client alone.
         pool: Has memory for the weights' gradients.
-        noise_format: In which order of memory. Alone, dropout fills the noise as its input lies in memory; what lies
-            that way in a block is not known here, but found by trying (see ``torch_stacked``).
+        noise_format: In which order of memory dropout fills its noise. Alone, it is that of its input; which that is in
+            a block is not known here, but found by trying (see ``torch_stackable``).
     """
 
     def __init__(
         self,
         convolution: Convolution,
-        generators: Sequence[torch.Generator],
         pool: Pool,
         noise_format: torch.memory_format = torch.contiguous_format,
     ) -> None:
         super().__init__()
+        self.generators: Sequence[torch.Generator] = ()
+        """The clients' generators, on the model's device, in the order of the clients. Dropout draws from them what it
+        would draw for that client alone."""
         self._pool = pool
         self._noise_format = noise_format
-        self._generators = generators
         self._rules: dict[Any, Callable[..., Tensor]] = {
             F.linear: self._linear,
             F.conv2d: partial(_convolution, convolution),
-            F.max_pool2d: _pool(F.max_pool2d),
-            F.avg_pool2d: _pool(F.avg_pool2d),
+            F.max_pool2d: _pooling(F.max_pool2d),
+            F.avg_pool2d: _pooling(F.avg_pool2d),
             F.group_norm: _group_norm,
             F.cross_entropy: _cross_entropy,
             F.dropout: self._dropout,
@@ -85,7 +84,7 @@ class PerClient(TorchFunctionMode):
 
         def drop(inputs: Tensor) -> tuple[Tensor, int]:
             noise = torch.empty_like(inputs, memory_format=self._noise_format)
-            for row, generator in zip(noise, self._generators, strict=True):
+            for row, generator in zip(noise, self.generators, strict=True):
                 row.bernoulli_(1 - p, generator=generator)
             return inputs * noise.div_(1 - p), 0
 
@@ -275,7 +274,7 @@ def _spatial(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilati
     ]
 
 
-def _pool(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _pooling(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def pooled(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         def plain(x: Tensor) -> Tensor:
             return pool(x, *args, **kwargs)

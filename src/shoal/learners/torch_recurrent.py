@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shoal.errors import CannotStackError
+
 State = tuple[Tensor, ...]
 """The hidden state of one layer and direction, [n, hidden]; of an LSTM also the cell's, [n, cells]."""
 
@@ -51,7 +53,9 @@ def _single(cell: Cell, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
 
 def _refuse_packed(args: tuple[Any, ...]) -> None:
     if not isinstance(args[3], bool):  # a packed sequence brings its batch sizes, and all else one place further
-        raise NotImplementedError("torch.nn.utils.rnn.PackedSequence cannot be read by many clients at once")
+        raise CannotStackError(
+            "its forward pass runs a PackedSequence, whose steps are of another size for each client"
+        )
 
 
 def _layers(

@@ -109,7 +109,7 @@ class _Trial:
 
     def output(self, inputs: Tensor) -> Any:
         """Returns what the model gives for one client's batch."""
-        return self.module(self.learner.transform(inputs) if self.learner.transform else inputs)
+        return self.module(self.learner.transformed(inputs))
 
     def alone(self, client: int) -> list[Tensor | None]:
         """Returns the gradients of one client by itself, and notes what the step did beside."""
@@ -137,9 +137,10 @@ class _Trial:
             for name, p in self.learner.resident.params.items()
         }
         own = {name: torch.stack([buffers[name]] * clients) for name in stacking.changing}
-        generators = [torch.Generator(device).manual_seed(seed) for seed in SEEDS * copies]
+        layers = PerClient(stacking.convolutions[0], Pool(device), stacking.noise_format)
+        layers.generators = [torch.Generator(device).manual_seed(seed) for seed in SEEDS * copies]
         inputs, targets = (array.repeat(copies, *[1] * (array.ndim - 1)) for array in (self.inputs, self.targets))
-        with PerClient(stacking.convolutions[0], generators, Pool(device), stacking.noise_format):
+        with layers:
             losses, _ = stacked_losses(self.learner, BorrowedModule(self.module), {**params, **own}, inputs, targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         return [parameter.grad for parameter in params.values()]
@@ -180,11 +181,9 @@ def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | N
     for copies in (2, 5):
         larger = trial.together(stacking, copies=copies)
         for few, many in zip(found, larger, strict=True):
-            if (
-                few is not None
-                and many is not None
-                and not torch.equal(few.repeat(copies, *[1] * (few.ndim - 1)), many)
-            ):
+            if few is None or many is None:
+                continue
+            if not torch.equal(few.repeat(copies, *[1] * (few.ndim - 1)), many):
                 return False
     return True
 

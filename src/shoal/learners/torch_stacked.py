@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,13 +14,12 @@ from torch.nn import functional as F
 
 from shoal import trees
 from shoal.data import Dataset
-from shoal.learners.batches import batch_sizes
 from shoal.learners.torch_blocks import BlockData, Part, schedule
 from shoal.learners.torch_devices import computing, free_memory
 from shoal.learners.torch_memory import Pool
-from shoal.learners.torch_model import BorrowedModule
+from shoal.learners.torch_model import BorrowedModule, ObjectiveGradient
 from shoal.learners.torch_per_client import Convolution, PerClient
-from shoal.types import Broadcast, LocalObjective, Params, StackedUpdate
+from shoal.types import Broadcast, StackedUpdate
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
@@ -80,10 +79,9 @@ class StackedTrainer:
         self._learner = learner
         self._stacking = stacking
         self._data = BlockData(learner.device, learner.samples)
-        self._anchor: tuple[Broadcast, dict[str, Tensor]] | None = None
+        self._start: _Start | None = None
         self._pool = Pool(learner.device)
         self._lent: list[Tensor] = []
-        self._known_sizes: dict[int, list[int]] = {}
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -110,11 +108,11 @@ class StackedTrainer:
 
     def work(self, examples: int) -> int:
         """Returns how many samples a client with so many examples sees."""
-        return sum(self._sizes(examples))
+        return sum(self._learner.batch_sizes(examples))
 
     def padding(self, examples: Sequence[int]) -> float:
         """Returns the share of a block's computed samples that are padding."""
-        plan = schedule([self._sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        plan = schedule([self._learner.batch_sizes(count) for count in examples], examples, pads=self._stacking.pads)
         return 1 - float(plan.seen.sum()) / plan.work
 
     def fit(
@@ -143,15 +141,6 @@ class StackedTrainer:
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
 
-    def _sizes(self, examples: int) -> list[int]:
-        """Returns the sizes of the batches of a client with so many examples; clients are many, their sizes few."""
-        if examples not in self._known_sizes:
-            ours = self._learner
-            self._known_sizes[examples] = batch_sizes(
-                examples, batch_size=ours.batch_size, epochs=ours.epochs, steps=ours.steps
-            )
-        return self._known_sizes[examples]
-
     def synchronize(self) -> None:
         """Waits until the device has done what it was given."""
         if self._learner.device.type == "cuda":
@@ -168,17 +157,18 @@ class StackedTrainer:
         noisy = self._stacking.noisy
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if noisy else []
         examples = [len(data) for data, _ in clients]
-        plan = schedule([self._sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        plan = schedule([self._learner.batch_sizes(count) for count in examples], examples, pads=self._stacking.pads)
         batches = self._data.load(clients, plan)
-        stacks = self._stacks(broadcast, len(clients))
-        program = _Block(learner, broadcast, stacks, anchor=self._anchors(broadcast), pool=self._pool)
+        start = self._started(broadcast)
+        program = _Block(learner, start, self._stacks(start, len(clients)), self._pool)
+        layers = PerClient(convolution, self._pool, self._stacking.noise_format)
         sums: dict[str, Tensor] = {}
         for number, parts in enumerate(plan.steps):
             total: Tensor | None = None
             for part in parts:
                 inputs, targets, masks = batches(part)
-                chosen = generators if part.rows is None or not noisy else [generators[row] for row in part.rows]
-                with PerClient(convolution, chosen, self._pool, self._stacking.noise_format):
+                layers.generators = generators if part.rows is None or not noisy else [generators[r] for r in part.rows]
+                with layers:
                     losses, metrics = program.losses(part, inputs, targets, masks)
                 total = losses.sum() if total is None else total + losses.sum()
                 for name, means in {"loss": losses, **metrics}.items():
@@ -191,27 +181,40 @@ class StackedTrainer:
         seen = torch.as_tensor(plan.seen, device=device)
         return program.update(plan.examples, {name: total / seen for name, total in sums.items()})
 
-    def _stacks(self, broadcast: Broadcast, clients: int) -> dict[str, Tensor]:
+    def _started(self, broadcast: Broadcast) -> _Start:
+        """Returns what each client starts from, and loads what all clients share into the module, once a round."""
+        resident = self._learner.resident
+        if self._start is None or self._start.broadcast is not broadcast:
+            resident.load(broadcast.model)
+            buffers = dict(resident.module.named_buffers())
+            own = {name: buffers[name].detach().clone() for name in sorted(self._stacking.changing)}
+            arrays = {**resident.on_device(broadcast.model.params), **own}
+            self._start = _Start(broadcast, arrays, BorrowedModule(resident.module))
+        resident.module.train()  # an evaluation may have come between
+        return self._start
+
+    def _stacks(self, start: _Start, clients: int) -> dict[str, Tensor]:
         """Returns a copy of what each client starts from for each of them, in the memory of the block before."""
         for tensor in self._lent:
             self._pool.give(tensor)
         self._pool.keep(clients)
         stacks = {}
-        for name, array in self._anchors(broadcast).items():
+        for name, array in start.arrays.items():
             stacks[name] = self._pool.take((clients, *array.shape), array.dtype).copy_(array.detach())
         self._lent = list(stacks.values())
         return stacks
 
-    def _anchors(self, broadcast: Broadcast) -> dict[str, Tensor]:
-        """Returns what each client starts from, and loads what all clients share into the module, once a round."""
-        resident = self._learner.resident
-        if self._anchor is None or self._anchor[0] is not broadcast:
-            resident.load(broadcast.model)
-            buffers = dict(resident.module.named_buffers())
-            own = {name: buffers[name].detach().clone() for name in sorted(self._stacking.changing)}
-            self._anchor = broadcast, {**resident.on_device(broadcast.model.params), **own}
-        resident.module.train()  # an evaluation may have come between
-        return self._anchor[1]
+
+@dataclass(frozen=True, eq=False)
+class _Start:
+    """What all blocks of a round start from."""
+
+    broadcast: Broadcast
+    """The model and the local objective."""
+    arrays: dict[str, Tensor]
+    """The broadcast's parameters, and those buffers that change, on the device."""
+    borrowed: BorrowedModule
+    """The module, with the arrays that all clients share."""
 
 
 class _Block:
@@ -219,35 +222,24 @@ class _Block:
 
     Args:
         learner: Says what to train and how.
-        broadcast: Where to start from.
-        stacks: The broadcast's parameters, and those buffers that change, once for each client.
-        anchor: The same, once.
+        start: What each client starts from.
+        stacks: The same, once for each client.
         pool: Takes the gradients' memory after each step.
     """
 
-    def __init__(
-        self,
-        learner: TorchLearner,
-        broadcast: Broadcast,
-        stacks: Mapping[str, Tensor],
-        *,
-        anchor: Mapping[str, Tensor],
-        pool: Pool,
-    ) -> None:
+    def __init__(self, learner: TorchLearner, start: _Start, stacks: Mapping[str, Tensor], pool: Pool) -> None:
         resident = learner.resident
         self._learner = learner
-        self._borrowed = BorrowedModule(resident.module)
-        self._anchor = anchor
+        self._start = start
         self._pool = pool
         # Leaves of their own, because the memory outlives them.
         self._params = {name: stacks[name].detach().requires_grad_() for name in resident.params}
         self._buffers = {name: stack for name, stack in stacks.items() if name not in resident.params}
         self._sent = [name for name in self._buffers if name in resident.buffers]
-        self._objective = broadcast.objective
-        self._correction = resident.on_device(broadcast.objective.correction or {})
+        self._objective = ObjectiveGradient(start.broadcast, resident, self._params)
         self._final: dict[str, Tensor] | None = None
         stacked = {id(resident.params[name]): parameter for name, parameter in self._params.items()}
-        self.optimizer = stacked_optimizer(learner.optimizer(list(resident.params.values())), stacked)
+        self._optimizer = stacked_optimizer(learner.optimizer(list(resident.params.values())), stacked)
 
     def losses(
         self, part: Part, inputs: Tensor, targets: Tensor, masks: Tensor | None
@@ -259,7 +251,9 @@ class _Block:
             rows = torch.as_tensor(part.rows, device=inputs.device)
             params = {name: stacked[rows] for name, stacked in params.items()}
             buffers = {name: stacked[rows] for name, stacked in buffers.items()}
-        measured = stacked_losses(self._learner, self._borrowed, {**params, **buffers}, inputs, targets, masks=masks)
+        measured = stacked_losses(
+            self._learner, self._start.borrowed, {**params, **buffers}, inputs, targets, masks=masks
+        )
         if part.rows is not None:
             for name, changed in buffers.items():
                 self._buffers[name][rows] = changed
@@ -268,10 +262,10 @@ class _Block:
     @torch.no_grad()
     def step(self) -> None:
         """Takes one optimizer step on the gradients of all clients."""
-        _add_objective(self._params, self._objective, self._correction, self._anchor)
+        self._objective.add()
         if self._learner.clip_norm is not None:
             _clip_rows([p.grad for p in self._params.values() if p.grad is not None], self._learner.clip_norm)
-        self.optimizer.step()
+        self._optimizer.step()
 
     def release(self) -> None:
         """Lets go of the gradients."""
@@ -300,7 +294,7 @@ class _Block:
         device = self._learner.device
         finite = torch.ones(len(examples), dtype=torch.bool, device=device)
         for name, array in arrays.items():
-            array.sub_(self._anchor[name])  # in place: no copy of the block
+            array.sub_(self._start.arrays[name])  # in place: no copy of the block
             finite &= torch.isfinite(array.flatten(1).sum(1))
         if device.type != "cpu" or not bool(finite.all()):  # on a CPU it costs nothing to look
             for array in arrays.values():
@@ -336,8 +330,7 @@ def stacked_losses(
     names = tuple(state)
 
     def measured(x: Tensor, y: Tensor, mask: Tensor | None, *arrays: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        inputs = learner.transform(x) if learner.transform else x
-        output = borrowed.call(dict(zip(names, arrays, strict=True)), inputs)
+        output = borrowed.call(dict(zip(names, arrays, strict=True)), learner.transformed(x))
         if mask is None:
             return learner.loss(output, y), learner.measure(output, y) if learner.train_metrics else {}
         losses = sample_losses(learner.loss, output, y)
@@ -374,24 +367,8 @@ def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Ten
     return type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
 
 
-def _add_objective(
-    params: Mapping[str, Tensor], objective: LocalObjective, correction: Mapping[str, Tensor], anchor: Params
-) -> None:
-    """Adds ``correction + proximal · (w − w_global)`` to every client's gradient."""
-    if not (objective.proximal or correction):
-        return
-    for name, parameter in params.items():
-        if parameter.grad is None:  # not reached by the task loss, yet part of the objective
-            parameter.grad = torch.zeros_like(parameter)
-        if name in correction:
-            parameter.grad.add_(correction[name])
-        if objective.proximal:
-            parameter.grad.add_(parameter - anchor[name], alpha=objective.proximal)
-
-
-def _clip_rows(gradients: Iterable[Tensor], largest: float) -> None:
+def _clip_rows(gradients: Sequence[Tensor], largest: float) -> None:
     """Scales each client's gradient down to a Euclidean norm, as ``torch.nn.utils.clip_grad_norm_`` does for one."""
-    gradients = list(gradients)
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
     factors = (largest / (norms + 1e-6)).clamp(max=1.0)
     for gradient in gradients:

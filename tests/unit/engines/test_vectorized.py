@@ -8,15 +8,11 @@ import pytest
 import torch
 
 import shoal
-from shoal.engines import ClientTask, VectorizedEngine, choose_engine
+from shoal.engines import VectorizedEngine, choose_engine
 from shoal.engines.blocks import by_work, next_block
 from shoal.errors import CannotStackError, ClientError, ConfigurationError
 from shoal.types import Broadcast
-from support import BatchNormNet, Mlp, assert_equal, learner, population, samples
-
-
-def tasks(clients, cohort):
-    return [ClientTask(client=k, data=clients[k], seed=0, round=1) for k in cohort]
+from support import BatchNormNet, Mlp, assert_equal, learner, population, samples, tasks
 
 
 def blocks(engine, ours, clients):
@@ -84,6 +80,17 @@ class Draws(Mlp):
         return super().forward(inputs + torch.randn_like(inputs))
 
 
+class Packs(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = torch.nn.GRU(2, 4, batch_first=True), torch.nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        steps = torch.full((len(inputs),), 3)
+        packed = torch.nn.utils.rnn.pack_padded_sequence(inputs.unflatten(1, (3, 2)), steps, batch_first=True)
+        return self.out(self.cell(packed)[1][0])
+
+
 class Sorts(Mlp):
     def forward(self, inputs):
         return super().forward(inputs) + torch.unique(inputs).sum()
@@ -95,10 +102,11 @@ class Sorts(Mlp):
         ({"model": Branches}, "control flow that depends on the data"),
         ({"model": Reads}, r"reads a number out of a tensor \(\.item\(\)\)"),
         ({"model": Draws}, "draws random numbers in another way than dropout"),
+        ({"model": Packs}, "pack"),
         ({"model": Sorts}, "torch cannot run aten::_unique2 for many clients at once"),
         ({"optimizer": partial(torch.optim.LBFGS, lr=0.1)}, "LBFGS is not known to treat each number by itself"),
     ],
-    ids=["branch", "item", "noise", "operation", "optimizer"],
+    ids=["branch", "item", "noise", "packed", "operation", "optimizer"],
 )
 def test_what_cannot_be_stacked_is_named(settings, reason):
     ours = learner(**settings)
@@ -179,3 +187,12 @@ def test_auto_leaves_unequal_clients_that_cannot_be_padded_to_the_sequential_eng
         engine, line = choose_engine("auto", learner(model), samples(40), np.array(sizes))
         assert engine.name == name
         assert line.startswith(f"engine {name}: ")
+
+
+def test_what_did_not_fit_in_one_round_is_not_tried_in_the_next(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "shoal")
+    ours = learner()
+    stacked = ours.stacked
+    monkeypatch.setattr(type(ours), "stacked", lambda _, dataset: NeedsRoom(stacked(dataset), 5))
+    shoal.federate(ours, population((8, 9) * 8), rounds=3, engine="vectorized")
+    assert caplog.text.count("does not fit") == 2  # sixteen, and eight

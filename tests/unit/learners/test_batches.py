@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.learners.batches import batch_indices
+from support import batch_indices
 
 COUNTS = st.integers(1, 40)
 SIZES = st.none() | st.integers(1, 50)

@@ -12,10 +12,9 @@ from shoal import trees
 from shoal.data import ArrayDataset, ItemDataset
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
-from shoal.learners.batches import batch_indices
 from shoal.learners.torch import accuracy, scale_pixels
 from shoal.types import Broadcast, LocalObjective, ModelState
-from support import CLASSES, FEATURES, BatchNormNet, Mlp, assert_equal, differ, learner, samples
+from support import CLASSES, FEATURES, BatchNormNet, Mlp, assert_equal, batch_indices, differ, learner, samples
 
 
 def fit(learner, data, *, seed=1, objective=None, model=None):

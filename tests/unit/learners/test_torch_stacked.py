@@ -100,7 +100,9 @@ def together(module, params, buffers, inputs, convolution, noise_format):
     def one(arrays, own, x):
         return borrowed.call({**arrays, **own}, x)
 
-    with PerClient(convolution, generators, Pool(torch.device("cpu")), noise_format):
+    layers = PerClient(convolution, Pool(torch.device("cpu")), noise_format)
+    layers.generators = generators
+    with layers:
         outputs = torch.vmap(one, randomness="error")(params, buffers, inputs)
     (outputs**2).sum().backward()
     return outputs.detach()
