@@ -78,7 +78,7 @@ def test_it_ends_where_the_reference_does(engine, dtype, model, optimizer, sizes
 @contextlib.contextmanager
 def opened(engine, learner, clients):
     made = engine if not isinstance(engine, str) else ENGINES[engine]()
-    made.open(learner, clients.dataset)
+    made.open(learner, clients)
     with contextlib.closing(made):
         yield made
 
@@ -205,11 +205,10 @@ def test_a_client_that_diverges_is_left_out_of_the_sum(engine):
 
 @every_engine
 def test_it_is_found_by_its_name_and_auto_says_which_and_why(engine):
-    data = population().dataset
     for name in (engine, "auto"):
-        chosen, line = choose_engine(name, learner(), data, population().sizes)
+        chosen, line = choose_engine(name, learner(), population())
         with contextlib.closing(chosen):
             assert chosen.name in line
             assert name in ("auto", chosen.name)
     with pytest.raises(ConfigurationError, match=f"unknown engine '{engine[:-1]}'; did you mean"):
-        choose_engine(engine[:-1], learner(), data, population().sizes)
+        choose_engine(engine[:-1], learner(), population())

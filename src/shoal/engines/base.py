@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from shoal.data import Dataset
+from shoal.data import Dataset, Population
 from shoal.learners.base import Learner
 from shoal.randomness import generator
 from shoal.types import Broadcast, StackedUpdate, Update
@@ -69,12 +69,12 @@ class Engine(Protocol):
     name: str
     """The engine's name in configurations and messages."""
 
-    def open(self, learner: Learner, dataset: Dataset) -> None:
+    def open(self, learner: Learner, clients: Population) -> None:
         """Makes ready for rounds. Called before the learner touches a device.
 
         Args:
             learner: Trains the clients.
-            dataset: All samples; the tasks' data are parts of it.
+            clients: All of them; the tasks' data are parts of their data set.
 
         Raises:
             ConfigurationError: The engine cannot run here.

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shoal.data import Dataset
+from shoal.data import Population
 from shoal.engines.base import Engine
 from shoal.engines.sequential import SequentialEngine
 from shoal.engines.vectorized import VectorizedEngine
@@ -17,38 +17,37 @@ ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine, "vec
 """The engines by the names that configurations and the command line know."""
 
 
-def choose_engine(engine: str | Engine, learner: Learner, dataset: Dataset, sizes: np.ndarray) -> tuple[Engine, str]:
+def choose_engine(engine: str | Engine, learner: Learner, clients: Population) -> tuple[Engine, str]:
     """Returns the engine that a name means, opened, and one line that says which it is and why.
 
     Args:
         engine: A name from :data:`ENGINES`, ``"auto"``, or an engine of the user's own.
         learner: What it is to run.
-        dataset: All samples.
-        sizes: How many of them each client has.
+        clients: All of them.
 
     Raises:
         ConfigurationError: No engine has that name, or it cannot run here.
     """
     if engine == "auto":
-        return _fastest(learner, dataset, sizes)
+        return _fastest(learner, clients)
     if isinstance(engine, str):
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ["auto", *ENGINES])
         made, why = ENGINES[engine](), "asked for"
     else:
         made, why = engine, "given"
-    made.open(learner, dataset)
+    made.open(learner, clients)
     return made, f"engine {made.name}: {why}"
 
 
-def _fastest(learner: Learner, dataset: Dataset, sizes: np.ndarray) -> tuple[Engine, str]:
+def _fastest(learner: Learner, clients: Population) -> tuple[Engine, str]:
     """Chooses without a clock, so that equal runs have equal engines."""
     vectorized = VectorizedEngine()
     try:
-        trainer = vectorized.trainer(learner, dataset)
+        trainer = vectorized.trainer(learner, clients.dataset)
     except CannotStackError as error:
         return SequentialEngine(), f"engine sequential: {error}"
-    if not trainer.pads and len(sizes) and (sizes != sizes[0]).any():
+    if not trainer.pads and len(np.unique(clients.sizes)) > 1:
         why = "clients of unequal size whose batches cannot be padded are as fast"
         return SequentialEngine(), f"engine sequential: {why}"
     return vectorized, "engine vectorized: the clients' models can be stacked, and end as they would one by one"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from shoal.data import Dataset
+from shoal.data import Population
 from shoal.engines.base import ClientResult, ClientTask
 from shoal.learners.base import Learner
 from shoal.types import Broadcast
@@ -15,7 +15,7 @@ class SequentialEngine:
 
     name = "sequential"
 
-    def open(self, learner: Learner, dataset: Dataset) -> None:
+    def open(self, learner: Learner, clients: Population) -> None:
         """Does nothing: the learner holds what there is."""
 
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:

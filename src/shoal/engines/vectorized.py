@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 
-from shoal.data import Dataset
+from shoal.data import Dataset, Population
 from shoal.engines.base import BlockResult, ClientResult, ClientTask, Result
 from shoal.engines.blocks import BlockSearch, by_work, next_block
 from shoal.engines.sequential import attempt
@@ -47,14 +47,14 @@ class VectorizedEngine:
         self._searches: dict[bool, BlockSearch] = {}  # by whether sizes may be tried
         self._last: BlockSearch | None = None
 
-    def open(self, learner: Learner, dataset: Dataset) -> None:
+    def open(self, learner: Learner, clients: Population) -> None:
         """Tries two clients.
 
         Raises:
             ConfigurationError: The learner's clients cannot be stacked.
         """
         try:
-            self.trainer(learner, dataset)
+            self.trainer(learner, clients.dataset)
         except CannotStackError as error:
             raise ConfigurationError(
                 f"engine 'vectorized' cannot hold this learner: {error}; use engine='auto' or engine='sequential'"

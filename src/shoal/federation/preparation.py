@@ -55,7 +55,7 @@ def prepare(experiment: Experiment) -> Plan:
     """
     population = _population(experiment.clients)
     population.check()
-    engine, choice = choose_engine(experiment.engine, experiment.learner, population.dataset, population.sizes)
+    engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
         return _prepare(experiment, population, engine, choice)
     except BaseException:

@@ -17,7 +17,7 @@ from support import BatchNormNet, Mlp, assert_equal, learner, population, sample
 
 def blocks(engine, ours, clients):
     """Returns the clients of each block, and every client's delta."""
-    engine.open(ours, clients.dataset)
+    engine.open(ours, clients)
     found, deltas = [], {}
     for result in engine.run(ours, Broadcast(round=1, model=ours.init(0)), tasks(clients, range(len(clients)))):
         found.append(list(result.clients))
@@ -113,8 +113,8 @@ def test_what_cannot_be_stacked_is_named(settings, reason):
     with pytest.raises(CannotStackError, match=reason):
         ours.stacked(samples(40))
     with pytest.raises(ConfigurationError, match=rf"cannot hold this learner: .*{reason}.*; use engine='auto'"):
-        choose_engine("vectorized", ours, samples(40), np.array([20, 20]))
-    engine, line = choose_engine("auto", ours, samples(40), np.array([20, 20]))
+        choose_engine("vectorized", ours, population([20, 20]))
+    engine, line = choose_engine("auto", ours, population([20, 20]))
     assert engine.name == "sequential"
     assert line.startswith("engine sequential: ")
 
@@ -184,7 +184,7 @@ def test_auto_leaves_unequal_clients_that_cannot_be_padded_to_the_sequential_eng
         (BatchNormNet, [25, 15], "sequential"),
         (Mlp, [25, 15], "vectorized"),
     ):
-        engine, line = choose_engine("auto", learner(model), samples(40), np.array(sizes))
+        engine, line = choose_engine("auto", learner(model), population(sizes))
         assert engine.name == name
         assert line.startswith(f"engine {name}: ")
 
