@@ -33,6 +33,16 @@ def describe(value: object) -> Any:
     return _describe_object(value)
 
 
+def differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Returns where two JSON values differ: the key's path with dots, and each one's value there, or None."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [(prefix, before, now)]
+    found: list[tuple[str, Any, Any]] = []
+    for key in sorted(before.keys() | now.keys()):
+        found += differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
+    return found
+
+
 def qualified_name(value: object) -> str:
     """Returns ``module.qualname`` of a class or function, or of an object's class."""
     named = value if hasattr(value, "__qualname__") else type(value)

@@ -9,6 +9,7 @@
     │   ├── CannotStackError                a learner's clients cannot train as one program
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
     ├── ClientError (RuntimeError)          more clients failed than the run allows
+    ├── WorkerError (RuntimeError)          another worker of a distributed run failed or is gone
     ├── NonFiniteError (ArithmeticError)    the server step would have made the global model NaN or infinite
     ├── CheckpointError (RuntimeError)      a checkpoint cannot be read, and no older one either
     └── StorageError (RuntimeError)         the run folder cannot be written (disk full, read-only)
@@ -58,6 +59,19 @@ class MissingExtraError(ConfigurationError, ImportError):
 
 class ClientError(ShoalError, RuntimeError):
     """More clients of a round failed than the run allows; the first client's own exception is the cause."""
+
+
+class WorkerError(ShoalError, RuntimeError):
+    """Another worker of a distributed run failed or is gone.
+
+    Args:
+        message: Which one, and what is known of its end.
+        told_by_leader: Whether worker 0 told it to this one, and so has told the user as well.
+    """
+
+    def __init__(self, message: str, *, told_by_leader: bool = False) -> None:
+        super().__init__(message)
+        self.told_by_leader = told_by_leader
 
 
 class NonFiniteError(ShoalError, ArithmeticError):

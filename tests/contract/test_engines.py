@@ -15,7 +15,7 @@ import shoal
 from models import MODELS, Transformer, dropout, images
 from shoal import trees
 from shoal.data import ArrayDataset, Population
-from shoal.engines import ENGINES, CohortSum, SequentialEngine, choose_engine
+from shoal.engines import ENGINES, CohortSum, DistributedEngine, SequentialEngine, choose_engine
 from shoal.errors import ConfigurationError
 from shoal.types import Broadcast, LocalObjective
 from support import BatchNormNet, Mlp, assert_equal, learner, population, tasks
@@ -39,11 +39,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def made(engine):
+    """Returns an engine of its name; of those that run another one, on the reference, which they must equal exactly."""
+    return DistributedEngine("sequential") if engine == "distributed" else ENGINES[engine]()
+
+
 def trained(engine, model, optimizer, sizes, method, dtype):
-    made = MODELS[model] if dtype == torch.float32 else lambda: MODELS[model]().double()
-    ours = shoal.TorchLearner(made, loss=F.cross_entropy, optimizer=OPTIMIZERS[optimizer], batch_size=4, epochs=2)
+    make = MODELS[model] if dtype == torch.float32 else lambda: MODELS[model]().double()
+    ours = shoal.TorchLearner(make, loss=F.cross_entropy, optimizer=OPTIMIZERS[optimizer], batch_size=4, epochs=2)
     clients = images(sizes, np.float32 if dtype == torch.float32 else np.float64)
-    return shoal.federate(ours, clients, rounds=3, cohort=4, algorithm=METHODS[method], engine=engine).params
+    return shoal.federate(ours, clients, rounds=3, cohort=4, algorithm=METHODS[method], engine=made(engine)).params
 
 
 REFERENCES: dict[tuple, dict] = {}
@@ -77,10 +82,10 @@ def test_it_ends_where_the_reference_does(engine, dtype, model, optimizer, sizes
 
 @contextlib.contextmanager
 def opened(engine, learner, clients):
-    made = engine if not isinstance(engine, str) else ENGINES[engine]()
-    made.open(learner, clients)
-    with contextlib.closing(made):
-        yield made
+    ours = made(engine)
+    ours.open(learner, clients)
+    with contextlib.closing(ours):
+        yield ours
 
 
 def assert_same_update(update, expected):
@@ -97,9 +102,9 @@ def run(engine, learner, cohort=(0, 1, 2, 3, 4), objective=None, clients=None):
     """Returns each client's result, those of a block cut apart."""
     clients = clients or population()
     found = {}
-    with opened(engine, learner, clients) as made:
+    with opened(engine, learner, clients) as ours:
         broadcast = Broadcast(round=1, model=learner.init(0), objective=objective or LocalObjective())
-        for result in made.run(learner, broadcast, tasks(clients, cohort)):
+        for result in ours.run(learner, broadcast, tasks(clients, cohort)):
             if isinstance(result, shoal.engines.BlockResult):
                 for row, client in enumerate(result.clients):
                     update = result.updates.row(row)
@@ -188,10 +193,10 @@ def test_a_client_that_diverges_is_left_out_of_the_sum(engine):
     clients = Population(
         ArrayDataset(inputs, whole.dataset.targets()), np.arange(len(inputs)), np.cumsum([0, *whole.sizes])
     )
-    with opened(engine, ours, clients) as made:
+    with opened(engine, ours, clients) as opened_engine:
         model = ours.init(0)
         summed = CohortSum(model, lambda update: update.weight)
-        for result in made.run(ours, Broadcast(round=1, model=model), tasks(clients, range(5))):
+        for result in opened_engine.run(ours, Broadcast(round=1, model=model), tasks(clients, range(5))):
             summed.add(result)
         summed.settle()
     assert list(summed.failures) == [2]

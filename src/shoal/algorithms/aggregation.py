@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,7 +37,8 @@ class WeightedSum:
     def __init__(self, model: ModelState) -> None:
         self._delta = trees.zeros(model.params)
         self._buffers = trees.zeros(model.buffers)
-        self._extras: dict[str, dict[str, Array]] = {}
+        self.extras: dict[str, dict[str, Array]] = {}
+        """The sums of the extra trees, by their names."""
         self.clients = 0
         self.weight = 0.0
 
@@ -51,7 +52,7 @@ class WeightedSum:
         trees.add_scaled(self._delta, update.delta, weight)
         trees.add_scaled(self._buffers, update.buffers, weight)
         for name, tree in update.extras.items():
-            trees.add_scaled(self._extras.setdefault(name, trees.zeros(tree)), tree, weight)
+            trees.add_scaled(self.extras.setdefault(name, trees.zeros(tree)), tree, weight)
         self.clients += 1
         self.weight += weight
 
@@ -71,15 +72,31 @@ class WeightedSum:
         self.clients += clients
         self.weight += weight
 
+    def expect(self, extras: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+        """Makes room for extra trees of which no update has come yet, by the shapes of their arrays."""
+        for name, shapes in extras.items():
+            if name not in self.extras:
+                self.extras[name] = {leaf: self._zeros(shape) for leaf, shape in shapes.items()}
+
+    def arrays(self) -> list[Array]:
+        """Returns the sums' own arrays, always in the same order."""
+        trees = (self._delta, self._buffers, *(self.extras[name] for name in sorted(self.extras)))
+        return [tree[name] for tree in trees for name in sorted(tree)]
+
     def mean(self) -> Aggregate:
         """Returns the mean of what was added, at least one update."""
         return Aggregate(
             delta=self._divided(self._delta),
             buffers=self._divided(self._buffers),
-            extras={name: self._divided(tree) for name, tree in self._extras.items()},
+            extras={name: self._divided(tree) for name, tree in self.extras.items()},
             clients=self.clients,
             weight=self.weight,
         )
+
+    def _zeros(self, shape: Sequence[int]) -> Array:
+        """Returns float64 zeros of the same kind and on the same device as the sums."""
+        like = next(iter(self._delta.values()))
+        return np.zeros(shape) if isinstance(like, np.ndarray) else like.new_zeros(shape)
 
     def _divided(self, tree: Params) -> dict[str, Array]:
         return trees.map_trees(lambda array: array / self.weight, tree)

@@ -32,9 +32,12 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            raise typer.Exit(_report_interrupt(interrupt)) from interrupt
+            said = str(interrupt) if isinstance(interrupt, RunInterrupted) else "stopped before the first round"
+            print(f"\nshoal: {said}", file=sys.stderr)
+            raise typer.Exit(exit_code(interrupt)) from interrupt
         except ShoalError as error:
-            raise typer.Exit(_report_error(error)) from error
+            _report(error)
+            raise typer.Exit(exit_code(error)) from error
 
     return run
 
@@ -43,15 +46,17 @@ def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _report_interrupt(interrupt: KeyboardInterrupt) -> int:
-    said = str(interrupt) if isinstance(interrupt, RunInterrupted) else "stopped before the first round"
-    print(f"\nshoal: {said}", file=sys.stderr)
-    by_signal = isinstance(interrupt, Terminated) or isinstance(interrupt.__cause__, Terminated)
-    return TERMINATED if by_signal else INTERRUPTED
+def exit_code(error: BaseException) -> int:
+    """Returns the documented exit code of a command that an exception has ended."""
+    if isinstance(error, KeyboardInterrupt):
+        by_signal = isinstance(error, Terminated) or isinstance(error.__cause__, Terminated)
+        return TERMINATED if by_signal else INTERRUPTED
+    return REFUSED if isinstance(error, ConfigurationError) else FAILED
 
 
-def _report_error(error: ShoalError) -> int:
+def _report(error: ShoalError) -> None:
     if isinstance(error, ClientError) and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
+    for note in getattr(error, "__notes__", ()):  # another worker's traceback
+        print(note, file=sys.stderr)
     print(f"shoal: error: {error}", file=sys.stderr)
-    return REFUSED if isinstance(error, ConfigurationError) else FAILED

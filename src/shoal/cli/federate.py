@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.launch import among_workers, launch_if_asked
 from shoal.errors import ConfigurationError, RunFolderError, RunInterrupted
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
+Workers = Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")]
+MaxRestarts = Annotated[int, typer.Option(help="How often to go on from the last checkpoint when a worker fails.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as alpha=0.1 or algorithm=fedprox."),
@@ -46,12 +49,18 @@ def federate(
     data_dir: DataDir = None,
     run_dir: RunDir = None,
     resume: Resume = False,
+    workers: Workers = None,
+    max_restarts: MaxRestarts = 0,
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
+    if max_restarts and run_dir is None:
+        raise ConfigurationError("--max-restarts goes on from a run's folder: name it with --run-dir")
+    launch_if_asked(workers, max_restarts=max_restarts)
     options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
     options |= {"engine": engine, "seed": seed, "data_dir": data_dir}
-    _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
+    with among_workers():
+        _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
 
 
 def demo(**options: Any) -> None:
@@ -76,14 +85,18 @@ def _run(
 ) -> None:
     if resume and run_dir is None:
         raise ConfigurationError("--resume goes on with a run's folder: name it with --run-dir")
+    from shoal.engines import launched_workers, restarted
     from shoal.experiments import build, load, parse_settings
+    from shoal.runs import is_run
 
     given = {key: str(value) for key, value in options.items() if value is not None}
     experiment = build(load(name), parse_settings(pairs) | given)
     if device is not None:
         experiment = _on(experiment, device)
+    if run_dir is None and launched_workers():
+        run_dir = next(_new_folders(experiment.name))
     if run_dir is not None:
-        _execute(experiment, run_dir, resume=resume)
+        _execute(experiment, run_dir, resume=resume or (restarted() and is_run(run_dir)))
         return
     for path in _new_folders(experiment.name):
         try:

@@ -3,8 +3,10 @@
 from shoal.engines.base import BlockResult, ClientResult, ClientTask, Engine, Result
 from shoal.engines.choice import ENGINES, choose_engine
 from shoal.engines.cohort import CohortSum, Outcome
+from shoal.engines.distributed import DistributedEngine
 from shoal.engines.sequential import SequentialEngine
 from shoal.engines.vectorized import VectorizedEngine
+from shoal.engines.workers import Workers, launched_workers, restarted
 
 __all__ = [
     "ENGINES",
@@ -12,10 +14,14 @@ __all__ = [
     "ClientResult",
     "ClientTask",
     "CohortSum",
+    "DistributedEngine",
     "Engine",
     "Outcome",
     "Result",
     "SequentialEngine",
     "VectorizedEngine",
+    "Workers",
     "choose_engine",
+    "launched_workers",
+    "restarted",
 ]

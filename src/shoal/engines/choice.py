@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
-
 from shoal.data import Population
 from shoal.engines.base import Engine
-from shoal.engines.sequential import SequentialEngine
-from shoal.engines.vectorized import VectorizedEngine
-from shoal.errors import CannotStackError, unknown_name
+from shoal.engines.distributed import DistributedEngine
+from shoal.engines.local import LOCAL_ENGINES, choose_local
+from shoal.engines.workers import launched_workers
+from shoal.errors import unknown_name
 from shoal.learners.base import Learner
 
-ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine, "vectorized": VectorizedEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {**LOCAL_ENGINES, "distributed": DistributedEngine}
 """The engines by the names that configurations and the command line know."""
 
 
 def choose_engine(engine: str | Engine, learner: Learner, clients: Population) -> tuple[Engine, str]:
     """Returns the engine that a name means, opened, and one line that says which it is and why.
+
+    Where a launcher has started several workers, it is what each of them trains its share of a cohort on.
 
     Args:
         engine: A name from :data:`ENGINES`, ``"auto"``, or an engine of the user's own.
@@ -27,27 +28,15 @@ def choose_engine(engine: str | Engine, learner: Learner, clients: Population) -
 
     Raises:
         ConfigurationError: No engine has that name, or it cannot run here.
+        WorkerError: Other workers do not come.
     """
-    if engine == "auto":
-        return _fastest(learner, clients)
-    if isinstance(engine, str):
-        if engine not in ENGINES:
-            raise unknown_name("engine", engine, ["auto", *ENGINES])
-        made, why = ENGINES[engine](), "asked for"
-    else:
-        made, why = engine, "given"
-    made.open(learner, clients)
-    return made, f"engine {made.name}: {why}"
-
-
-def _fastest(learner: Learner, clients: Population) -> tuple[Engine, str]:
-    """Chooses without a clock, so that equal runs have equal engines."""
-    vectorized = VectorizedEngine()
-    try:
-        trainer = vectorized.trainer(learner, clients.dataset)
-    except CannotStackError as error:
-        return SequentialEngine(), f"engine sequential: {error}"
-    if not trainer.pads and len(np.unique(clients.sizes)) > 1:
-        why = "clients of unequal size whose batches cannot be padded are as fast"
-        return SequentialEngine(), f"engine sequential: {why}"
-    return vectorized, "engine vectorized: the clients' models can be stacked, and end as they would one by one"
+    if isinstance(engine, str) and engine not in ("auto", *ENGINES):
+        raise unknown_name("engine", engine, ["auto", *ENGINES])
+    if engine == "distributed":
+        engine = DistributedEngine()
+    elif launched_workers() > 1 and not isinstance(engine, DistributedEngine):
+        engine = DistributedEngine(engine)
+    if isinstance(engine, DistributedEngine):
+        engine.open(learner, clients)
+        return engine, engine.choice
+    return choose_local(engine, learner, clients)

@@ -15,6 +15,7 @@ from shoal.federation.result import FederationResult
 from shoal.federation.rounds import train_round
 from shoal.federation.selection import Selection
 from shoal.federation.storage import RunState, RunStorage
+from shoal.federation.together import send_end, send_start
 
 
 class FederationLoop:
@@ -45,6 +46,8 @@ class FederationLoop:
         """
         try:
             self._announce()
+            if self._plan.team is not None:
+                send_start(self._plan.team, self._run.state)
             while (reason := self._stop_reason(self._run.state.round, self._run.elapsed)) is None:
                 self._round()
             return self._finish(reason)
@@ -118,6 +121,8 @@ class FederationLoop:
             params = learner.state_dict(run.model)
             self._storage.deliver(params, run.best, run.state.round)
             self._storage.report()
+        if self._plan.team is not None:
+            send_end(self._plan.team, run, self._history, reason)
         result = FederationResult(
             params=params,
             last_params=learner.state_dict(run.state.model),

@@ -12,7 +12,7 @@ import numpy as np
 from shoal import trees
 from shoal.algorithms import ServerState
 from shoal.data import Dataset, Population, Subset, as_dataset
-from shoal.engines import Engine, choose_engine
+from shoal.engines import DistributedEngine, Engine, choose_engine
 from shoal.errors import unknown_name
 from shoal.federation.cohorts import ClientShards, sample_cohort
 from shoal.federation.evaluation import Evaluator
@@ -43,6 +43,11 @@ class Plan:
     """The method's state before the first round."""
     identity: dict[str, Any]
     """What decides the run's numbers, as JSON."""
+
+    @property
+    def team(self) -> DistributedEngine | None:
+        """The engine, where it shares the cohorts with other processes."""
+        return self.engine if isinstance(self.engine, DistributedEngine) else None
 
 
 def prepare(experiment: Experiment) -> Plan:

@@ -34,6 +34,8 @@ def train_round(plan: Plan, state: ServerState, callbacks: Sequence[Callback]) -
     for result in plan.engine.run(plan.experiment.learner, broadcast, plan.shards.tasks(cohort, round=number)):
         ends.note(summed.add(result))
     ends.note(summed.settle())
+    if plan.team is not None:
+        ends.note(plan.team.combine(summed, cohort))
     if summed.total.clients == 0:
         raise ClientError(f"all {len(cohort)} clients of round {number} failed: there is nothing to average")
     after = _checked(method.step(state, summed.total.mean()))

@@ -17,6 +17,7 @@ from shoal.federation.loop import FederationLoop
 from shoal.federation.preparation import Plan, partition_picture, prepare
 from shoal.federation.result import FederationResult
 from shoal.federation.storage import RunStorage, environment
+from shoal.federation.together import agree, follow
 from shoal.learners.base import Learner
 from shoal.runs import RunFolder, require_tensorboard
 
@@ -95,13 +96,26 @@ def run_experiment(
         run_dir: The run's folder; None to keep everything in memory.
         resume: Go on with the run that ``run_dir`` holds.
         callbacks: Told of what happens.
+
+    Where a launcher such as torchrun has started several workers, all call this function with the same arguments. They
+    share the cohorts; worker 0 alone measures, writes the folder and tells the callbacks.
     """
     plan = prepare(experiment)
     with contextlib.closing(plan.engine):
-        folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
-        with RunStorage(folder, keep=experiment.keep_checkpoints) as storage:
-            storage.save_partition(partition_picture(plan.shards.population))
-            return FederationLoop(plan, storage, callbacks).run()
+        if plan.team is None:
+            return _run(plan, run_dir, resume=resume, callbacks=callbacks)
+        with plan.team.workers as workers:
+            agree(plan, plan.team)
+            if not workers.leads:
+                return follow(plan, plan.team)
+            return _run(plan, run_dir, resume=resume, callbacks=callbacks)
+
+
+def _run(plan: Plan, run_dir: str | Path | None, *, resume: bool, callbacks: Sequence[Callback]) -> FederationResult:
+    folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
+    with RunStorage(folder, keep=plan.experiment.keep_checkpoints) as storage:
+        storage.save_partition(partition_picture(plan.shards.population))
+        return FederationLoop(plan, storage, callbacks).run()
 
 
 def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:

@@ -97,15 +97,15 @@ class RunStorage:
         best_model = self._best_model(best, loaded, start) if best else None
         if best_model is None:
             best = None
-        state = dataclasses.replace(_unpacked(loaded.tensors, start), round=loaded.round)
+        state = dataclasses.replace(unpacked(loaded.tensors, start), round=loaded.round)
         run = RunState(state=state, elapsed=loaded.meta["elapsed"], best=best, best_model=best_model)
         return run, read_metrics(self.folder.metrics)
 
     def _best_model(self, best: Best, loaded: Checkpoint, start: ServerState) -> ModelState | None:
         if best.round == loaded.round:
-            return _unpacked(loaded.tensors, start).model
+            return unpacked(loaded.tensors, start).model
         try:
-            return _unpacked(self._checkpoints.load(best.round).tensors, start).model
+            return unpacked(self._checkpoints.load(best.round).tensors, start).model
         except CheckpointError as error:
             self.notices.append(f"{error}; it was the best, which is chosen anew from round {loaded.round + 1} on")
             return None
@@ -140,7 +140,7 @@ class RunStorage:
             return
         best = run.best
         meta = {"elapsed": run.elapsed, "best": dataclasses.asdict(best) if best else None}
-        self._checkpoints.save(state.round, _packed(state), meta, best=best.round if best else None)
+        self._checkpoints.save(state.round, packed(state), meta, best=best.round if best else None)
         self._saved_round = state.round
 
     def save_partition(self, picture: Mapping[str, Any] | None) -> None:
@@ -187,14 +187,15 @@ def environment(experiment: Experiment, engine: str) -> dict[str, Any]:
     }
 
 
-def _packed(state: ServerState) -> dict[str, Array]:
+def packed(state: ServerState) -> dict[str, Array]:
+    """Returns all arrays of a state in one flat tree."""
     model = state.model
     slots = {f"slot.{name}": tree for name, tree in state.slots.items()}
     return trees.flatten({"params": model.params, "buffers": model.buffers, "constants": model.constants, **slots})
 
 
-def _unpacked(tensors: Params, like: ServerState) -> ServerState:
-    """Returns a saved state with the kind, dtypes and devices of the arrays of ``like``."""
+def unpacked(tensors: Params, like: ServerState) -> ServerState:
+    """Undoes :func:`packed`, with the kind, dtypes and devices of the arrays of ``like``; the round is 0."""
     saved = trees.unflatten(tensors)
 
     def tree(name: str, reference: Params) -> dict[str, Array]:

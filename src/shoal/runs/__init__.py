@@ -2,7 +2,7 @@
 
 from shoal.runs.checkpoints import Checkpoint, Checkpoints, save_model
 from shoal.runs.files import write_json
-from shoal.runs.folder import RunData, RunFolder, read_run
+from shoal.runs.folder import RunData, RunFolder, is_run, read_run
 from shoal.runs.metrics import TIME_KEYS, MetricsLog, read_metrics
 from shoal.runs.report import write_report
 from shoal.runs.trackers import TensorBoardTracker, Tracker, require_tensorboard
@@ -16,6 +16,7 @@ __all__ = [
     "RunFolder",
     "TensorBoardTracker",
     "Tracker",
+    "is_run",
     "read_metrics",
     "read_run",
     "require_tensorboard",

@@ -13,6 +13,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Self
 
+from shoal.description import differences
 from shoal.errors import RunFolderError
 from shoal.runs.files import require_space, storing, temporary_name, write_json
 from shoal.runs.metrics import read_metrics
@@ -54,7 +55,7 @@ class RunFolder:
         exists = path.exists()
         if exists:
             _require_run_or_empty(path)
-        if resume and not (path / CONFIG).exists():
+        if resume and not is_run(path):
             raise RunFolderError(f"there is no run to resume in {path}; leave --resume out to begin one")
         require_space(path, space)
         with storing(path):
@@ -120,6 +121,11 @@ class RunData:
     """The partition's picture; None where there is none."""
 
 
+def is_run(path: Path) -> bool:
+    """Tells whether a folder holds a run."""
+    return (path / CONFIG).exists()
+
+
 def read_run(path: Path) -> RunData:
     """Reads a run's folder, also while the run goes on.
 
@@ -128,7 +134,7 @@ def read_run(path: Path) -> RunData:
     """
     if not path.is_dir():
         raise RunFolderError(f"there is no run folder {path}")
-    if not (path / CONFIG).exists():
+    if not is_run(path):
         raise RunFolderError(f"{path} is no run folder: it has no {CONFIG}")
     partition = path / PARTITION
     return RunData(
@@ -171,10 +177,10 @@ def _locked(path: Path) -> FileIO:
 
 def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[str]:
     """Compares the folder's configuration with the one asked for; returns notices."""
-    if not (path / CONFIG).exists():
+    if not is_run(path):
         return []
     found = _read_json(path / CONFIG)
-    if different := _differences(found.get("identity", {}), config["identity"]):
+    if different := differences(found.get("identity", {}), config["identity"]):
         shown = "; ".join(f"{key}: {then!r} there, {now!r} here" for key, then, now in different[:3])
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
         raise RunFolderError(
@@ -184,16 +190,7 @@ def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[s
         raise RunFolderError(f"{path} holds this run already: add --resume to go on, or choose another --run-dir")
     told = ("versions", "platform", "engine", "devices")
     before, now = ({key: part.get("environment", {}).get(key) for key in told} for part in (found, config))
-    return [f"{key} was {old} and is now {new}" for key, old, new in _differences(before, now)]
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
-    if not (isinstance(before, dict) and isinstance(now, dict)):
-        return [] if before == now else [(prefix, before, now)]
-    found: list[tuple[str, Any, Any]] = []
-    for key in sorted(before.keys() | now.keys()):
-        found += _differences(before.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
-    return found
+    return [f"{key} was {old} and is now {new}" for key, old, new in differences(before, now)]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,7 +205,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _leave_no_trace(path: Path, lock: FileIO, *, existed: bool) -> None:
     """Removes what a refused opening has made. Only who holds the lock may: without it, the files are another's."""
-    if not (path / CONFIG).exists():
+    if not is_run(path):
         (path / LOCK).unlink(missing_ok=True)
     lock.close()
     if not existed:
