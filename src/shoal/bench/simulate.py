@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import statistics
 import time
@@ -18,7 +20,7 @@ from shoal.bench.baseline import LEARNING_RATE, PlainLoop
 from shoal.bench.models import CLASSES, MODELS, BenchModel
 from shoal.data import ArrayDataset, Population
 from shoal.devices import Devices
-from shoal.engines import Engine, VectorizedEngine
+from shoal.engines import DistributedEngine, Engine, VectorizedEngine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation import Experiment
 from shoal.federation.preparation import Plan, prepare
@@ -41,7 +43,9 @@ class Measurement:
     """What was measured; times are medians over rounds."""
 
     engine: str
-    """Which engine ran."""
+    """Which engine ran, on each worker."""
+    workers: int
+    """How many processes shared each cohort."""
     model: str
     """The model's name."""
     seconds_per_round: float
@@ -51,9 +55,9 @@ class Measurement:
     samples_per_second: float
     """Samples in that time."""
     peak_host_bytes: int
-    """The most memory that the process had at any time, data and libraries included."""
+    """The most memory that each process had at any time, data and libraries included; of all workers together."""
     peak_device_bytes: int
-    """The most memory that torch had allocated on the CUDA device; 0 on a CPU."""
+    """The most memory that torch had allocated on the workers' CUDA devices; 0 on a CPU."""
     baseline_ratio: float | None
     """The plain loop's time for the same work, as a multiple; None where it was not run."""
     block_size: int | None
@@ -73,7 +77,7 @@ def simulate(
     engine: str | Engine = "auto",
     devices: Devices | None = None,
     baseline: bool = False,
-) -> Measurement:
+) -> Measurement | None:
     """Measures rounds of federated averaging with SGD, one local epoch, on random data in memory.
 
     Args:
@@ -85,7 +89,11 @@ def simulate(
         rounds: Number of rounds that are timed.
         engine: Where the cohort runs.
         devices: Where the model lives; None for CUDA if there is one.
-        baseline: Whether to run the same rounds in a plain loop too, one after the other in turn.
+        baseline: Whether to run the same rounds in a plain loop too, one after the other in turn; with as many threads
+            as all workers of this machine together.
+
+    Returns:
+        What was measured; None on workers other than the first.
 
     Raises:
         ConfigurationError: A number is not positive, or a name is unknown.
@@ -98,23 +106,25 @@ def simulate(
     clients = Population(data, table.reshape(-1), np.arange(population + 1) * samples)
     learner = _learner(MODELS[model], batch_size, devices or Devices())
     plan = prepare(Experiment(learner=learner, clients=clients, rounds=rounds, cohort=cohort, engine=engine))
-    try:
-        plain = _loop(learner, data, table, cohort) if baseline else None
-        with computing(learner.device, learner.devices.threads):  # for the plain loop too
-            ours, loop = _timed(plan, plain, rounds)
-    finally:
-        plan.engine.close()
+    with contextlib.closing(plan.engine), computing(learner.device, learner.devices.threads):
+        if plan.team is not None and not plan.team.workers.leads:
+            _follow(plan, plan.team)
+            return None
+        ours, loop = _timed(plan, _loop(learner, data, table, cohort) if baseline else None, rounds)
+        peaks = _all_peaks(plan.team)
+        local = plan.engine if plan.team is None else plan.team.local
     seconds = statistics.median(ours)
     return Measurement(
-        engine=plan.engine.name,
+        engine=local.name,
+        workers=len(peaks),
         model=model,
         seconds_per_round=seconds,
         clients_per_second=plan.cohort / seconds,
         samples_per_second=plan.cohort * samples / seconds,
-        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0,
+        peak_host_bytes=sum(host for host, _ in peaks),
+        peak_device_bytes=sum(device for _, device in peaks),
         baseline_ratio=statistics.median(loop) / seconds if loop else None,
-        block_size=plan.engine.found_block_size if isinstance(plan.engine, VectorizedEngine) else None,
+        block_size=local.found_block_size if isinstance(local, VectorizedEngine) else None,
         threads=plan.experiment.learner.devices.threads or torch.get_num_threads(),
     )
 
@@ -148,7 +158,13 @@ def _loop(learner: TorchLearner, data: ArrayDataset, clients: np.ndarray, cohort
     table = torch.from_numpy(clients).to(learner.device)
     loop = PlainLoop(learner.model().to(learner.device), inputs, targets, table, learner.batch_size or 1)
     rng = np.random.default_rng(1)
-    return lambda: loop.round(rng.choice(len(clients), cohort, replace=False))
+    threads = (learner.devices.threads or torch.get_num_threads()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def round() -> None:
+        with computing(learner.device, threads):
+            loop.round(rng.choice(len(clients), cohort, replace=False))
+
+    return round
 
 
 def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Sequence[float], Sequence[float]]:
@@ -159,7 +175,7 @@ def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Se
         nonlocal state
         state, _ = train_round(plan, state, ())
 
-    _warm_up(plan.engine, ours)
+    _warm_up(plan.engine if plan.team is None else plan.team.local, ours)
     if loop is not None:
         _clock(loop)
     times: tuple[list[float], list[float]] = ([], [])
@@ -168,6 +184,28 @@ def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Se
         if loop is not None:
             times[1].append(_clock(loop))
     return times
+
+
+def _follow(plan: Plan, team: DistributedEngine) -> None:
+    """Trains a worker's shares for as long as worker 0 measures; on the others."""
+    state = plan.start
+    while team.follow() is None:
+        state, _ = train_round(plan, state, ())
+    team.workers.gather("peak", _peak())
+
+
+def _all_peaks(team: DistributedEngine | None) -> list[tuple[int, int]]:
+    """Returns every worker's largest memory so far, and ends the others' rounds."""
+    if team is None:
+        return [_peak()]
+    team.finish("measured")
+    return [_peak(), *team.workers.gather("peak", None)]
+
+
+def _peak() -> tuple[int, int]:
+    """Returns the most memory that this process has had, in bytes, and that torch has had on the CUDA device."""
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device
 
 
 def _warm_up(engine: Any, round: Callable[[], None]) -> None:

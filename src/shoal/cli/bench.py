@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli.exits import guarded
+from shoal.cli.launch import among_workers, launch_if_asked
 from shoal.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def simulate(
     rounds: Annotated[int, typer.Option(help="Rounds that are timed.")] = 8,
     engine: Annotated[str, typer.Option(help="Where the cohort runs.")] = "auto",
     block_size: Annotated[int | None, typer.Option(help="Clients in a block of the vectorized engine.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of one operation; torch's default if left out.")
@@ -35,6 +37,7 @@ def simulate(
     """Time rounds of federated averaging on random data."""
     if baseline not in (None, "loop"):
         raise ConfigurationError(f"--baseline takes loop, not {baseline!r}")
+    launch_if_asked(workers)
     import dataclasses
 
     from shoal.bench import simulate as measure
@@ -43,17 +46,20 @@ def simulate(
 
     if block_size is not None and engine != "vectorized":
         raise ConfigurationError(f"--block-size belongs to --engine vectorized, not to {engine}")
-    found = measure(
-        model=model,
-        population=population,
-        cohort=cohort,
-        samples=samples,
-        batch_size=batch_size,
-        rounds=rounds,
-        engine=engine if block_size is None else VectorizedEngine(block_size),
-        devices=dataclasses.replace(parse_device(device), threads=threads),
-        baseline=baseline is not None,
-    )
+    with among_workers():
+        found = measure(
+            model=model,
+            population=population,
+            cohort=cohort,
+            samples=samples,
+            batch_size=batch_size,
+            rounds=rounds,
+            engine=engine if block_size is None else VectorizedEngine(block_size),
+            devices=dataclasses.replace(parse_device(device), threads=threads),
+            baseline=baseline is not None,
+        )
+    if found is None:
+        return  # the first worker prints
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
     else:
@@ -69,11 +75,13 @@ def _print_table(found: Measurement) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     blocks = f", blocks of {found.block_size}" if found.block_size else ""
-    table.add_row("engine", f"{found.engine}{blocks}, {found.threads} threads")
+    workers = f"{found.workers} workers, each " if found.workers > 1 else ""
+    table.add_row("engine", f"{workers}{found.engine}{blocks}, {found.threads} threads")
     table.add_row("model", found.model)
     table.add_row("a round", f"{found.seconds_per_round * 1e3:.1f} ms (median)")
     table.add_row("speed", f"{found.clients_per_second:,.0f} clients/s, {found.samples_per_second:,.0f} samples/s")
-    table.add_row("peak memory", f"{found.peak_host_bytes / 2**20:,.0f} MiB of the process")
+    whose = "the process" if found.workers == 1 else "all processes"
+    table.add_row("peak memory", f"{found.peak_host_bytes / 2**20:,.0f} MiB of {whose}")
     if found.peak_device_bytes:
         table.add_row("", f"{found.peak_device_bytes / 2**20:,.0f} MiB of the device")
     if found.baseline_ratio is not None:

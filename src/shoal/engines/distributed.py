@@ -58,6 +58,12 @@ class DistributedEngine:
         self.choice = f"engine distributed: {workers}, each with {line}"
 
     @property
+    def local(self) -> Engine:
+        """What this worker trains its shares on; there from :meth:`open` to :meth:`close`."""
+        assert self._engine is not None, "the engine is not open"  # noqa: S101
+        return self._engine
+
+    @property
     def workers(self) -> Workers:
         """All workers; there from :meth:`open` to :meth:`close`."""
         assert self._workers is not None, "the engine is not open"  # noqa: S101
@@ -93,8 +99,7 @@ class DistributedEngine:
         examples = [len(task.data) for task in tasks]
         places = self._costs.shares(examples)[self.workers.rank]
         self._share = Share(clients=len(places), examples=sum(examples[place] for place in places), seconds=0.0)
-        assert self._engine is not None  # noqa: S101 - open, for there are workers
-        for result in self._engine.run(learner, broadcast, [tasks[place] for place in places]):
+        for result in self.local.run(learner, broadcast, [tasks[place] for place in places]):
             yield result
             self.workers.watch()
 
