@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from shoal.bench.baseline import LEARNING_RATE, PlainLoop
+from shoal.bench.baseline import LEARNING_RATE, SPAWNED, PlainLoop, SpawnedClients
 from shoal.bench.models import CLASSES, MODELS, BenchModel
 from shoal.data import ArrayDataset, Population
 from shoal.devices import Devices
@@ -30,6 +30,9 @@ from shoal.learners.torch_devices import computing
 
 MOST_SAMPLES = 20_000
 """How many different samples there are; beyond, clients share them, so that the population costs no memory."""
+
+BASELINES = ("loop", "spawn")
+"""What an engine can be measured against."""
 
 WARM_UP = 2
 """Rounds before the clock starts, once an engine has found how it runs best."""
@@ -59,7 +62,7 @@ class Measurement:
     peak_device_bytes: int
     """The most memory that torch had allocated on the workers' CUDA devices; 0 on a CPU."""
     baseline_ratio: float | None
-    """The plain loop's time for the same work, as a multiple; None where it was not run."""
+    """The baseline's time for the same work, as a multiple; None where none was run."""
     block_size: int | None
     """The block size that was found; None for engines without."""
     threads: int
@@ -76,7 +79,7 @@ def simulate(
     rounds: int = 8,
     engine: str | Engine = "auto",
     devices: Devices | None = None,
-    baseline: bool = False,
+    baseline: str | None = None,
 ) -> Measurement | None:
     """Measures rounds of federated averaging with SGD, one local epoch, on random data in memory.
 
@@ -89,8 +92,9 @@ def simulate(
         rounds: Number of rounds that are timed.
         engine: Where the cohort runs.
         devices: Where the model lives; None for CUDA if there is one.
-        baseline: Whether to run the same rounds in a plain loop too, one after the other in turn; with as many threads
-            as all workers of this machine together.
+        baseline: What to run the same rounds in too, one after the other in turn: ``"loop"``, a plain loop over one
+            resident model, with as many threads as all workers of this machine together; ``"spawn"``, a process for
+            each client; None for nothing.
 
     Returns:
         What was measured; None on workers other than the first.
@@ -100,6 +104,8 @@ def simulate(
     """
     if model not in MODELS:
         raise unknown_name("model", model, MODELS)
+    if baseline is not None and baseline not in BASELINES:
+        raise unknown_name("baseline", baseline, BASELINES)
     _require_positive(population=population, cohort=cohort, samples=samples, batch_size=batch_size, rounds=rounds)
     data = random_samples(MODELS[model], population * samples)
     table = np.arange(population * samples).reshape(population, samples) % len(data)
@@ -110,7 +116,10 @@ def simulate(
         if plan.team is not None and not plan.team.workers.leads:
             _follow(plan, plan.team)
             return None
-        ours, loop = _timed(plan, _loop(learner, data, table, cohort) if baseline else None, rounds)
+        other = None
+        if baseline is not None:
+            other = _baseline(baseline, model=model, learner=learner, data=data, clients=table, cohort=cohort)
+        ours, theirs = _timed(plan, other, rounds)
         peaks = _all_peaks(plan.team)
         local = plan.engine if plan.team is None else plan.team.local
     seconds = statistics.median(ours)
@@ -123,7 +132,7 @@ def simulate(
         samples_per_second=plan.cohort * samples / seconds,
         peak_host_bytes=sum(host for host, _ in peaks),
         peak_device_bytes=sum(device for _, device in peaks),
-        baseline_ratio=statistics.median(loop) / seconds if loop else None,
+        baseline_ratio=statistics.median(theirs) / seconds if theirs else None,
         block_size=local.found_block_size if isinstance(local, VectorizedEngine) else None,
         threads=plan.experiment.learner.devices.threads or torch.get_num_threads(),
     )
@@ -152,23 +161,29 @@ def _learner(model: BenchModel, batch_size: int, devices: Devices) -> TorchLearn
     )
 
 
-def _loop(learner: TorchLearner, data: ArrayDataset, clients: np.ndarray, cohort: int) -> Callable[[], None]:
-    """Returns a round of the plain loop over the same clients, on the same device."""
+def _baseline(
+    name: str, *, model: str, learner: TorchLearner, data: ArrayDataset, clients: np.ndarray, cohort: int
+) -> Callable[[], float]:
+    """Returns a round of the same work on the same device, written by hand, which returns the seconds it takes."""
+    batch_size, rng = learner.batch_size or 1, np.random.default_rng(1)
+    if name == "spawn":
+        spawned = SpawnedClients(model, str(learner.device), data, clients, batch_size)
+        share = cohort / min(SPAWNED, cohort)
+        return lambda: share * _clock(lambda: spawned.round(rng.choice(len(clients), cohort, replace=False)))
     inputs, targets = (torch.from_numpy(array).to(learner.device) for array in (data.inputs, data.targets()))
     table = torch.from_numpy(clients).to(learner.device)
-    loop = PlainLoop(learner.model().to(learner.device), inputs, targets, table, learner.batch_size or 1)
-    rng = np.random.default_rng(1)
+    loop = PlainLoop(learner.model().to(learner.device), inputs, targets, table, batch_size)
     threads = (learner.devices.threads or torch.get_num_threads()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    def round() -> None:
+    def round() -> float:
         with computing(learner.device, threads):
-            loop.round(rng.choice(len(clients), cohort, replace=False))
+            return _clock(lambda: loop.round(rng.choice(len(clients), cohort, replace=False)))
 
     return round
 
 
-def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Sequence[float], Sequence[float]]:
-    """Returns the seconds of each timed round, ours and the plain loop's."""
+def _timed(plan: Plan, other: Callable[[], float] | None, rounds: int) -> tuple[Sequence[float], Sequence[float]]:
+    """Returns the seconds of each timed round, ours and the baseline's."""
     state = plan.start
 
     def ours() -> None:
@@ -176,13 +191,13 @@ def _timed(plan: Plan, loop: Callable[[], None] | None, rounds: int) -> tuple[Se
         state, _ = train_round(plan, state, ())
 
     _warm_up(plan.engine if plan.team is None else plan.team.local, ours)
-    if loop is not None:
-        _clock(loop)
+    if other is not None:
+        other()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         times[0].append(_clock(ours))
-        if loop is not None:
-            times[1].append(_clock(loop))
+        if other is not None:
+            times[1].append(other())
     return times
 
 

@@ -9,7 +9,8 @@ from typer.testing import CliRunner
 
 import shoal
 from shoal.bench import MODELS, simulate
-from shoal.bench.baseline import PlainLoop
+from shoal.bench.baseline import PlainLoop, SpawnedClients
+from shoal.bench.simulate import random_samples
 from shoal.cli.main import app
 from shoal.errors import ConfigurationError
 
@@ -19,13 +20,36 @@ SMALL = {"population": 20, "cohort": 4, "samples": 6, "batch_size": 3, "rounds":
 @pytest.mark.parametrize("model", ["logistic", "mlp", "lenet", "transformer"])
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])
 def test_every_number_is_measured(model, engine):
-    found = simulate(model=model, engine=engine, baseline=True, devices=shoal.Devices(threads=1), **SMALL)
+    found = simulate(model=model, engine=engine, baseline="loop", devices=shoal.Devices(threads=1), **SMALL)
     assert found.engine == engine
     assert found.seconds_per_round > 0
     assert found.clients_per_second == pytest.approx(4 / found.seconds_per_round)
     assert found.samples_per_second == pytest.approx(24 / found.seconds_per_round)
     assert found.peak_host_bytes > 2**26
     assert found.baseline_ratio > 0
+
+
+@pytest.mark.slow
+def test_a_process_for_each_client_is_measured_too_and_takes_far_longer():
+    found = simulate(model="logistic", engine="sequential", baseline="spawn", **SMALL | {"rounds": 1})
+    assert found.baseline_ratio > 10
+
+
+@pytest.mark.slow
+def test_a_spawned_client_trains_as_the_plain_loop_does():
+    """One batch for each client, so that nothing is drawn."""
+    data, clients = random_samples(MODELS["logistic"], 12), np.arange(12).reshape(3, 4)
+    spawned = SpawnedClients("logistic", "cpu", data, clients, batch_size=4)
+    model = MODELS["logistic"].make()
+    with torch.no_grad():
+        for p, given in zip(model.parameters(), spawned._params, strict=True):
+            p.copy_(torch.from_numpy(given))
+    table = torch.from_numpy(clients)
+    loop = PlainLoop(model, torch.from_numpy(data.inputs), torch.from_numpy(data.targets()), table, batch_size=4)
+    loop.round(np.arange(3))
+    spawned.round(np.arange(3))
+    for p, ours in zip(model.parameters(), spawned._params, strict=True):
+        torch.testing.assert_close(p.detach(), torch.from_numpy(ours))
 
 
 def test_the_models_are_the_known_ones():

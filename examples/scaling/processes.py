@@ -1,0 +1,39 @@
+"""What processes take of the machine's memory, and of the GPU's."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def host_memory(pid: int) -> int:
+    """Returns what a process and all its children have in memory, in bytes; what they share counts once."""
+    total = 0
+    for one in (pid, *descendants(pid)):
+        try:
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+        except OSError:  # it has just ended
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
+
+
+def descendants(pid: int) -> list[int]:
+    """Returns the children of a process, and theirs."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(word) for word in listed.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def device_memory() -> int:
+    """Returns what is taken of all GPUs together, in bytes; 0 where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    words = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(words, capture_output=True, text=True, timeout=10, check=False).stdout.split()
+    return sum(int(number) * 2**20 for number in listed if number.isdigit())
