@@ -28,6 +28,7 @@ def simulate(
     block_size: Annotated[int | None, typer.Option(help="Clients in a block of the vectorized engine.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the baseline too.")] = "fp32",
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of one operation; torch's default if left out.")
     ] = None,
@@ -56,7 +57,7 @@ def simulate(
             batch_size=batch_size,
             rounds=rounds,
             engine=engine if block_size is None else VectorizedEngine(block_size),
-            devices=dataclasses.replace(parse_device(device), threads=threads),
+            devices=dataclasses.replace(parse_device(device, precision), threads=threads),
             baseline=baseline,
         )
     if found is None:

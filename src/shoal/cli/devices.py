@@ -6,8 +6,12 @@ from shoal.devices import Devices
 from shoal.errors import ConfigurationError
 
 
-def parse_device(text: str) -> Devices:
+def parse_device(text: str, precision: str | None = None) -> Devices:
     """Returns the devices that ``auto``, ``cpu``, ``cuda`` or ``cuda:1`` means.
+
+    Args:
+        text: One of these.
+        precision: Of the computation; None for fp32.
 
     Raises:
         ConfigurationError: It is none of these.
@@ -18,4 +22,5 @@ def parse_device(text: str) -> Devices:
     return Devices(
         accelerator=accelerator,  # type: ignore[arg-type]  # the specification refuses what it does not know
         id=int(index) if index else None,
+        precision=precision or "fp32",  # type: ignore[arg-type]  # likewise
     )

@@ -26,6 +26,7 @@ Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round
 Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
 Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
 DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
@@ -45,6 +46,7 @@ def federate(
     clients: Clients = None,
     engine: Engine = None,
     device: Device = None,
+    precision: Precision = None,
     seed: Seed = None,
     data_dir: DataDir = None,
     run_dir: RunDir = None,
@@ -60,7 +62,7 @@ def federate(
     options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
     options |= {"engine": engine, "seed": seed, "data_dir": data_dir}
     with among_workers():
-        _run(experiment, options, settings or [], device=device, run_dir=run_dir, resume=resume)
+        _run(experiment, options, settings or [], device=device, precision=precision, run_dir=run_dir, resume=resume)
 
 
 def demo(**options: Any) -> None:
@@ -80,6 +82,7 @@ def _run(
     pairs: list[str],
     *,
     device: str | None,
+    precision: str | None,
     run_dir: Path | None,
     resume: bool,
 ) -> None:
@@ -91,8 +94,8 @@ def _run(
 
     given = {key: str(value) for key, value in options.items() if value is not None}
     experiment = build(load(name), parse_settings(pairs) | given)
-    if device is not None:
-        experiment = _on(experiment, device)
+    if device is not None or precision is not None:
+        experiment = _on(experiment, device, precision)
     if run_dir is None and launched_workers():
         run_dir = next(_new_folders(experiment.name))
     if run_dir is not None:
@@ -131,11 +134,15 @@ def _resume_command(path: Path) -> str:
     return shlex.join(["shoal", *words, "--resume"])
 
 
-def _on(experiment: Experiment, device: str) -> Experiment:
+def _on(experiment: Experiment, device: str | None, precision: str | None) -> Experiment:
+    """Returns the experiment on other devices than its own, in what was said of them."""
     import dataclasses
 
     from shoal.cli.devices import parse_device
 
-    asked = parse_device(device)
-    devices = dataclasses.replace(experiment.learner.devices, accelerator=asked.accelerator, id=asked.id)
+    devices = experiment.learner.devices
+    asked = parse_device(device or devices.accelerator, precision or devices.precision)
+    if device is not None:
+        devices = dataclasses.replace(devices, accelerator=asked.accelerator, id=asked.id)
+    devices = dataclasses.replace(devices, precision=asked.precision)
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

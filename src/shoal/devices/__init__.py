@@ -1,5 +1,5 @@
 """Which devices one learner uses, and how."""
 
-from shoal.devices.spec import Accelerator, Devices
+from shoal.devices.spec import Accelerator, Devices, Precision
 
-__all__ = ["Accelerator", "Devices"]
+__all__ = ["Accelerator", "Devices", "Precision"]

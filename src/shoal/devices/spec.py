@@ -9,6 +9,7 @@ from shoal.errors import ConfigurationError, unknown_name
 
 Strategy = Literal["single"]
 Accelerator = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Devices:
         Devices("single", accelerator="cuda", id=1)
 
     Raises:
-        ConfigurationError: The strategy or accelerator does not exist, or the id cannot be.
+        ConfigurationError: The strategy, accelerator or precision does not exist, or the id cannot be.
     """
 
     strategy: Strategy = "single"
@@ -33,11 +34,17 @@ class Devices:
     """CPU threads that one operation may use, ≥ 1; None leaves it to the framework. Small models are as fast with one,
     and far faster where other processes want the cores too, because threads then wait for each other."""
 
+    precision: Precision = "fp32"
+    """``bf16`` or ``fp16``: matrix products and convolutions in 16 bits (autocast), the parameters and all sums as they
+    are. ``fp16`` scales the loss, so that small gradients do not vanish."""
+
     def __post_init__(self) -> None:
         if self.strategy not in get_args(Strategy):
             raise unknown_name("strategy", self.strategy, get_args(Strategy))
         if self.accelerator not in get_args(Accelerator):
             raise unknown_name("accelerator", self.accelerator, get_args(Accelerator))
+        if self.precision not in get_args(Precision):
+            raise unknown_name("precision", self.precision, get_args(Precision))
         if self.threads is not None and self.threads < 1:
             raise ConfigurationError(f"threads must be ≥ 1, not {self.threads}; None leaves it to the framework")
         if self.id is not None and (self.id < 0 or self.accelerator == "cpu"):

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cache, cached_property
 from typing import Any, Self, cast
@@ -19,7 +20,7 @@ from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_sizes, draw_order
-from shoal.learners.torch_devices import computing, resolve
+from shoal.learners.torch_devices import autocast, computing, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
 from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
@@ -28,6 +29,10 @@ from shoal.types import Broadcast, ModelState, Params, Update
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """``metric(output, target)`` returns the mean over a batch as a scalar tensor."""
+
+LOSS_SCALE = 2.0**12
+"""What fp16 multiplies the loss with at first: less than torch's own, because a client has few steps to come down from
+a scale that is too large, each of which is lost."""
 
 IGNORED_LABEL = -100
 """The target that torch's cross entropy leaves out."""
@@ -140,8 +145,10 @@ class TorchLearner:
         with seeded(self.device, 0), torch.no_grad(), computing(self.device, self.devices.threads):
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
-                output = resident.module(inputs)
-                tally.add({"loss": self.loss(output, targets), **self.measure(output, targets)}, len(inputs))
+                with self.autocast():
+                    output = resident.module(inputs)
+                    loss = self.loss(output, targets)
+                tally.add({"loss": loss, **self.measure(output, targets)}, len(inputs))
         return tally.means()
 
     def check(self, data: Dataset) -> None:
@@ -193,7 +200,8 @@ class TorchLearner:
         """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
         fields = dataclass_fields(self)
         left_out = ("devices", "eval_batch_size")
-        return {"name": type(self).__name__, **{name: fields[name] for name in fields if name not in left_out}}
+        kept = {name: fields[name] for name in fields if name not in left_out}
+        return {"name": type(self).__name__, **kept, "precision": self.devices.precision}
 
     @cached_property
     def device(self) -> torch.device:
@@ -209,6 +217,10 @@ class TorchLearner:
     def samples(self) -> ResidentSamples:
         """Brings samples to the device."""
         return ResidentSamples(self.device)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Returns the context of a forward pass and its loss, in the precision of the devices."""
+        return autocast(self.device, self.devices.precision)
 
     def _train(
         self, resident: ResidentModel, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
@@ -253,6 +265,7 @@ class _LocalStep:
         self._gradient = ObjectiveGradient(broadcast, resident, resident.params)
         self._optimizer = learner.optimizer(list(resident.params.values()))
         self._needs_closure = _needs_closure(cast("Hashable", type(self._optimizer)))
+        self._scaler = _scaler(learner, closure=self._needs_closure)
         self._inputs: Any = None
         self._targets: Any = None
         self._output: Any = None
@@ -264,20 +277,38 @@ class _LocalStep:
             loss = cast("Tensor", self._optimizer.step(self))  # type: ignore[arg-type]  # the stub's returns a float
         else:
             loss = self()
-            self._optimizer.step()
+            if self._scaler is None:
+                self._optimizer.step()
+            else:
+                self._scaler.step(self._optimizer)  # not where a gradient overflowed
+                self._scaler.update()
         return loss, self._output
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
-        output = self._resident.module(self._inputs)
-        loss = self._learner.loss(output, self._targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with self._learner.autocast():
+            output = self._resident.module(self._inputs)
+            loss = self._learner.loss(output, self._targets)
+        if self._scaler is None:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            self._scaler.unscale_(self._optimizer)
         self._gradient.add()
         if self._learner.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._resident.params.values(), self._learner.clip_norm)
         if self._output is None:
             self._output = output
         return loss.detach()
+
+
+def _scaler(learner: TorchLearner, *, closure: bool) -> torch.amp.GradScaler | None:
+    """Returns what scales the loss of fp16; None in other precisions."""
+    if learner.devices.precision != "fp16":
+        return None
+    if closure:
+        raise ConfigurationError("fp16 scales the loss, which this optimizer's closure does not allow: use bf16")
+    return torch.amp.GradScaler(learner.device.type, init_scale=LOSS_SCALE)
 
 
 @cache

@@ -54,6 +54,8 @@ def find_stacking(learner: TorchLearner, dataset: Dataset) -> Stacking:
             gradients differ.
     """
     _check_optimizer(learner)
+    if learner.devices.precision == "fp16":
+        raise CannotStackError("fp16 leaves out the steps whose gradient overflows, client by client; bf16 does not")
     resident = learner.resident
     before = resident.state()
     try:

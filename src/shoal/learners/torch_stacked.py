@@ -338,7 +338,8 @@ def stacked_losses(
 
     in_dims = (0, 0, None if masks is None else 0, *[0] * len(names))
     mapped = torch.vmap(measured, in_dims=in_dims, randomness="error")
-    result: tuple[Tensor, dict[str, Tensor]] = mapped(inputs, targets, masks, *state.values())
+    with learner.autocast():
+        result: tuple[Tensor, dict[str, Tensor]] = mapped(inputs, targets, masks, *state.values())
     return result
 
 
