@@ -10,6 +10,7 @@
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
     ├── ClientError (RuntimeError)          more clients failed than the run allows
     ├── WorkerError (RuntimeError)          another worker of a distributed run failed or is gone
+    ├── EngineError (RuntimeError)          a process that clients train in, or are started from, is gone
     ├── NonFiniteError (ArithmeticError)    the server step would have made the global model NaN or infinite
     ├── CheckpointError (RuntimeError)      a checkpoint cannot be read, and no older one either
     └── StorageError (RuntimeError)         the run folder cannot be written (disk full, read-only)
@@ -72,6 +73,10 @@ class WorkerError(ShoalError, RuntimeError):
     def __init__(self, message: str, *, told_by_leader: bool = False) -> None:
         super().__init__(message)
         self.told_by_leader = told_by_leader
+
+
+class EngineError(ShoalError, RuntimeError):
+    """A process of the engine's own has ended or does not answer; the round cannot go on."""
 
 
 class NonFiniteError(ShoalError, ArithmeticError):

@@ -4,6 +4,7 @@ from shoal.engines.base import BlockResult, ClientResult, ClientTask, Engine, Re
 from shoal.engines.choice import ENGINES, choose_engine
 from shoal.engines.cohort import CohortSum, Outcome
 from shoal.engines.distributed import DistributedEngine
+from shoal.engines.process import ProcessEngine
 from shoal.engines.sequential import SequentialEngine
 from shoal.engines.vectorized import VectorizedEngine
 from shoal.engines.workers import Workers, launched_workers, restarted
@@ -17,6 +18,7 @@ __all__ = [
     "DistributedEngine",
     "Engine",
     "Outcome",
+    "ProcessEngine",
     "Result",
     "SequentialEngine",
     "VectorizedEngine",

@@ -12,8 +12,8 @@ from shoal.engines.workers import launched_workers
 from shoal.errors import unknown_name
 from shoal.learners.base import Learner
 
-ENGINES: dict[str, Callable[[], Engine]] = {**LOCAL_ENGINES, "distributed": DistributedEngine}
-"""The engines by the names that configurations and the command line know."""
+ENGINES: dict[str, Callable[..., Engine]] = {**LOCAL_ENGINES, "distributed": DistributedEngine}
+"""The engines by the names that configurations and the command line know; every parameter has a default."""
 
 
 def choose_engine(engine: str | Engine, learner: Learner, clients: Population) -> tuple[Engine, str]:

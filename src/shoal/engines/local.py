@@ -8,12 +8,17 @@ import numpy as np
 
 from shoal.data import Population
 from shoal.engines.base import Engine
+from shoal.engines.process import ProcessEngine
 from shoal.engines.sequential import SequentialEngine
 from shoal.engines.vectorized import VectorizedEngine
 from shoal.errors import CannotStackError, unknown_name
 from shoal.learners.base import Learner
 
-LOCAL_ENGINES: dict[str, Callable[[], Engine]] = {"sequential": SequentialEngine, "vectorized": VectorizedEngine}
+LOCAL_ENGINES: dict[str, Callable[..., Engine]] = {
+    "process": ProcessEngine,
+    "sequential": SequentialEngine,
+    "vectorized": VectorizedEngine,
+}
 """The engines by the names that configurations and the command line know."""
 
 

@@ -25,6 +25,14 @@ class Learner(Protocol):
         """Where the learner's model lives."""
         ...  # pragma: no cover
 
+    def preload(self) -> None:
+        """Imports and makes what training needs without touching a device; called before processes are forked.
+
+        Raises:
+            ConfigurationError: A process forked from this one cannot use the learner's devices.
+        """
+        ...  # pragma: no cover
+
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, on the learner's devices; equal seeds give equal models."""
         ...  # pragma: no cover

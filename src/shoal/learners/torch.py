@@ -20,7 +20,7 @@ from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_sizes, draw_order
-from shoal.learners.torch_devices import autocast, computing, resolve
+from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
 from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
@@ -104,6 +104,16 @@ class TorchLearner:
             raise ConfigurationError(f"both steps={self.steps} and epochs={self.epochs} are set; leave one out")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be > 0, not {self.clip_norm}; None means no limit")
+
+    def preload(self) -> None:
+        """Imports what torch would import at the first step; without CUDA it makes the module too.
+
+        Raises:
+            ConfigurationError: CUDA was in use in the process that this one was forked from.
+        """
+        preload(self.devices)
+        if not may_use_cuda(self.devices):
+            self.resident  # noqa: B018 - made here, and inherited by the processes that are forked
 
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, its arrays on the learner's device."""

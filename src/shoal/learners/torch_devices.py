@@ -32,6 +32,30 @@ def resolve(devices: Devices) -> torch.device:
     return torch.device("cuda", index)
 
 
+def may_use_cuda(devices: Devices) -> bool:
+    """Tells whether ``devices`` can mean a CUDA device, without looking for one, which would spoil it for children."""
+    return devices.accelerator != "cpu" and bool(torch.backends.cuda.is_built())  # type: ignore[no-untyped-call]
+
+
+def preload(devices: Devices) -> None:
+    """Imports what torch would import at the first step, in a process that others are to be forked from.
+
+    Raises:
+        ConfigurationError: CUDA may be wanted, and was in use in the process that this one was forked from.
+    """
+    import torch._dynamo
+
+    if not may_use_cuda(devices):
+        with torch.autograd.profiler.record_function("preload"):  # as around each step of an optimizer
+            return
+    # Where it was in use, the number of devices is known already, and to ask for it does no harm.
+    if torch.cuda._is_in_bad_fork() and torch.cuda.device_count():  # noqa: SLF001 - torch has no public name for it
+        raise ConfigurationError(
+            "CUDA was already in use in this process, and a process forked from it cannot use it: open the engine "
+            "before anything touches CUDA, be it torch.cuda.is_available(), or use Devices(accelerator='cpu')"
+        )
+
+
 def free_memory(device: torch.device) -> int:
     """Returns how much memory is free on the device, in bytes; what torch has set aside for itself counts."""
     if device.type == "cuda":
