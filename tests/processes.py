@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +10,13 @@ from pathlib import Path
 
 def children(pid: int) -> list[int]:
     """Returns the children of a process, those that have ended and were not waited for among them."""
-    return [child for child, (parent, _) in _table().items() if parent == pid]
-
-
-def members(group: int) -> list[int]:
-    """Returns the processes of a group that have not ended."""
-    return [pid for pid, (_, own) in _table().items() if own == group]
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(folder.name))
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -44,16 +46,3 @@ def eventually(condition: Callable[[], object], seconds: float = 10.0) -> bool:
             return False
         time.sleep(0.005)
     return True
-
-
-def _table() -> dict[int, tuple[int, int]]:
-    found = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            parent, group = (folder / "stat").read_text().rpartition(")")[2].split()[1:3]
-        except OSError:  # it has ended meanwhile
-            continue
-        found[int(folder.name)] = (int(parent), int(group))
-    return found

@@ -26,6 +26,10 @@ def simulate(
     rounds: Annotated[int, typer.Option(help="Rounds that are timed.")] = 8,
     engine: Annotated[str, typer.Option(help="Where the cohort runs.")] = "auto",
     block_size: Annotated[int | None, typer.Option(help="Clients in a block of the vectorized engine.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Clients at once of the process engine.")] = None,
+    clients_per_process: Annotated[
+        int | None, typer.Option(help="Clients that a child of the process engine trains.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16, for the baseline too.")] = "fp32",
@@ -44,10 +48,10 @@ def simulate(
 
     from shoal.bench import simulate as measure
     from shoal.cli.devices import parse_device
-    from shoal.engines import VectorizedEngine
+    from shoal.experiments.overrides import named_engine
 
-    if block_size is not None and engine != "vectorized":
-        raise ConfigurationError(f"--block-size belongs to --engine vectorized, not to {engine}")
+    settings = {"block_size": block_size, "max_concurrent": max_concurrent, "clients_per_process": clients_per_process}
+    given = {name: str(value) for name, value in settings.items() if value is not None}
     with among_workers():
         found = measure(
             model=model,
@@ -56,7 +60,7 @@ def simulate(
             samples=samples,
             batch_size=batch_size,
             rounds=rounds,
-            engine=engine if block_size is None else VectorizedEngine(block_size),
+            engine=named_engine(engine, given) if given else engine,
             devices=dataclasses.replace(parse_device(device, precision), threads=threads),
             baseline=baseline,
         )

@@ -24,7 +24,8 @@ RUNS = Path("runs")
 Rounds = Annotated[int | None, typer.Option(help="Number of rounds.")]
 Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round.")]
 Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
-Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized.")]
+Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized, process.")]
+MaxConcurrent = Annotated[int | None, typer.Option(help="Clients that train at once, with --engine process.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
 Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
@@ -45,6 +46,7 @@ def federate(
     cohort: Cohort = None,
     clients: Clients = None,
     engine: Engine = None,
+    max_concurrent: MaxConcurrent = None,
     device: Device = None,
     precision: Precision = None,
     seed: Seed = None,
@@ -60,7 +62,7 @@ def federate(
         raise ConfigurationError("--max-restarts goes on from a run's folder: name it with --run-dir")
     launch_if_asked(workers, max_restarts=max_restarts)
     options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
-    options |= {"engine": engine, "seed": seed, "data_dir": data_dir}
+    options |= {"engine": engine, "engine.max_concurrent": max_concurrent, "seed": seed, "data_dir": data_dir}
     with among_workers():
         _run(experiment, options, settings or [], device=device, precision=precision, run_dir=run_dir, resume=resume)
 

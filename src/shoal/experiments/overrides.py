@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from shoal.algorithms import ALGORITHMS
+from shoal.engines import ENGINES, Engine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation import Experiment
 
@@ -47,6 +49,11 @@ def apply(experiment: Experiment, settings: Mapping[str, str], *, also_known: It
         if name not in ALGORITHMS:
             raise unknown_name("algorithm", name, ALGORITHMS)
         experiment = dataclasses.replace(experiment, algorithm=ALGORITHMS[name]())
+    of_engine = {key.removeprefix("engine."): text for key, text in settings.items() if key.startswith("engine.")}
+    if of_engine:
+        engine = named_engine(settings.get("engine", experiment.engine), of_engine)
+        experiment = dataclasses.replace(experiment, engine=engine)
+        settings = {key: text for key, text in settings.items() if key.partition(".")[0] != "engine"}
     known = {**_fields(experiment), "algorithm": str}
     for part in PARTS:
         known |= {f"{part}.{field}": hint for field, hint in _fields(getattr(experiment, part)).items()}
@@ -61,6 +68,37 @@ def apply(experiment: Experiment, settings: Mapping[str, str], *, also_known: It
                 experiment, **{part: dataclasses.replace(getattr(experiment, part), **inner)}
             )
     return dataclasses.replace(experiment, **{key: value for key, value in values.items() if "." not in key})
+
+
+def named_engine(name: str | Engine, settings: Mapping[str, str]) -> Engine:
+    """Returns an engine with other values in the parameters that the settings name.
+
+    Args:
+        name: One of :data:`~shoal.engines.ENGINES`.
+        settings: Values by parameter, as text; at least one.
+
+    Raises:
+        ConfigurationError: The engine is not named, it has no such parameter, or a value cannot be read.
+    """
+    asked = f"engine.{next(iter(settings))}"
+    if name == "auto":
+        raise ConfigurationError(
+            f"{asked} belongs to one engine, and auto chooses among several: name it with --engine"
+        )
+    if not isinstance(name, str):
+        raise ConfigurationError(
+            f"{asked} was given, but the experiment makes its engine itself: name one with --engine"
+        )
+    if name not in ENGINES:
+        raise unknown_name("engine", name, ["auto", *ENGINES])
+    parameters = inspect.signature(ENGINES[name], eval_str=True).parameters
+    for key in settings:
+        if not parameters:
+            raise ConfigurationError(f"engine.{key} was given, but engine {name} has no settings")
+        if key not in parameters:
+            raise unknown_name(f"setting of engine {name}", key, parameters)
+    values = {key: converted(f"engine.{key}", text, parameters[key].annotation) for key, text in settings.items()}
+    return ENGINES[name](**values)
 
 
 def converted(key: str, text: str, hint: Any) -> Any:

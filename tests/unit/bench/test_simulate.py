@@ -18,7 +18,7 @@ SMALL = {"population": 20, "cohort": 4, "samples": 6, "batch_size": 3, "rounds":
 
 
 @pytest.mark.parametrize("model", ["logistic", "mlp", "lenet", "transformer"])
-@pytest.mark.parametrize("engine", ["sequential", "vectorized"])
+@pytest.mark.parametrize("engine", ["sequential", "vectorized", "process"])
 def test_every_number_is_measured(model, engine):
     found = simulate(model=model, engine=engine, baseline="loop", devices=shoal.Devices(threads=1), **SMALL)
     assert found.engine == engine
@@ -101,4 +101,7 @@ def test_the_command_prints_a_table_or_json():
     assert keys | {"baseline_ratio"} <= printed.keys()
     assert printed["baseline_ratio"] is None
     assert CliRunner().invoke(app, [*words, "--engine", "sequential", "--block-size", "3"]).exit_code == 2
+    process = [*words, "--engine", "process", "--max-concurrent", "1", "--clients-per-process", "2", "--json"]
+    assert json.loads(CliRunner().invoke(app, process).stdout)["engine"] == "process"
+    assert CliRunner().invoke(app, [*words, "--engine", "vectorized", "--max-concurrent", "1"]).exit_code == 2
     assert CliRunner().invoke(app, [*words, "--baseline", "loops"]).exit_code == 2

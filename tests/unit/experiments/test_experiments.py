@@ -70,9 +70,39 @@ def test_settings_reach_the_fields():
     assert (experiment.learner.batch_size, experiment.learner.clip_norm) == (None, 1.0)
 
 
+def test_settings_reach_a_named_engine():
+    settings = ["engine=process", "engine.clients_per_process=10", "engine.client_timeout=2.5"]
+    engine = build(made, parse_settings(settings)).engine
+    assert isinstance(engine, shoal.engines.ProcessEngine)
+    assert (engine.max_concurrent, engine.clients_per_process, engine.client_timeout) == (None, 10, 2.5)
+    assert build(made, parse_settings(["engine.block_size=7", "engine=vectorized"])).engine.block_size == 7
+    assert build(made, parse_settings(["engine=vectorized", "engine.block_size=none"])).engine.block_size is None
+
+
+def with_its_own_engine():
+    return dataclasses.replace(made(), engine=shoal.engines.VectorizedEngine(3))
+
+
+def test_an_engine_that_the_experiment_makes_is_not_swapped_for_another():
+    with pytest.raises(ConfigurationError, match=r"engine.block_size was given, but the experiment makes its engine"):
+        build(with_its_own_engine, parse_settings(["engine.block_size=7"]))
+    assert build(with_its_own_engine, {"engine": "vectorized", "engine.block_size": "7"}).engine.block_size == 7
+
+
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
+        (["engine.block_size=5"], "belongs to one engine, and auto chooses among several: name it with --engine"),
+        (["engine=auto", "engine.block_size=5"], "engine.block_size belongs to one engine, and auto chooses"),
+        (["engine=vectorised", "engine.block_size=5"], "unknown engine 'vectorised'; did you mean 'vectorized'"),
+        (["engine=vectorized", "engine.max_concurrent=5"], "engine vectorized 'max_concurrent'; known: block_size"),
+        (
+            ["engine=process", "engine.max_concurent=5"],
+            "of engine process 'max_concurent'; did you mean 'max_concurrent'",
+        ),
+        (["engine=sequential", "engine.max_concurrent=5"], "but engine sequential has no settings"),
+        (["engine=process", "engine.max_concurrent=many"], "engine.max_concurrent takes none or int, not 'many'"),
+        (["engine=process", "engine.max_concurrent=0"], "max_concurrent must be at least 1, not 0"),
         (["clients=many"], "clients takes int, not 'many'"),
         (["rate=fast"], "rate takes none or float, not 'fast'"),
         (["fast=1"], "fast takes bool, not '1'"),
