@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -91,3 +94,46 @@ def test_memory_does_not_grow_from_client_to_client():
 
     after = [held(client) for client in range(40)]
     assert after[-1] <= after[1]
+
+
+# In processes of their own, because this one has touched CUDA.
+PROCESS = """
+import sys
+import shoal, torch
+from shoal.types import Broadcast
+from support import Mlp, assert_equal, learner, population, tasks
+
+ours, clients = learner(Mlp, devices=shoal.Devices(accelerator="cuda")), population()
+if sys.argv[1] == "before":
+    torch.cuda.is_available()
+engine = shoal.engines.ProcessEngine(max_concurrent=2)
+engine.open(ours, clients)
+broadcast = Broadcast(round=1, model=ours.init(0))
+free = []
+for _ in range(3):
+    found = list(engine.run(ours, broadcast, tasks(clients, range(5))))
+    assert not [result.error for result in found if result.error], found
+    torch.cuda.synchronize()
+    free.append(torch.cuda.mem_get_info()[0])
+engine.close()
+assert free[0] == free[1] == free[2], free
+for result, expected in zip(found, shoal.engines.SequentialEngine().run(ours, broadcast, tasks(clients, range(5)))):
+    assert {p.device.type for p in result.update.delta.values()} == {"cuda"}
+    assert_equal(result.update.delta, expected.update.delta)
+print("equal")
+"""
+
+
+def process(when):
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    words = [sys.executable, "-c", PROCESS, when]
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_children_equal_the_sequential_engine_and_give_the_devices_memory_back():
+    done = process("after")
+    assert done.stdout == "equal\n", done.stderr
+
+
+def test_cuda_that_was_touched_before_is_refused():
+    assert "CUDA was already in use in this process" in process("before").stderr

@@ -18,8 +18,10 @@ def resolve(devices: Devices) -> torch.device:
     Raises:
         ConfigurationError: CUDA, or a CUDA device of that id, was asked for and is not there.
     """
+    if devices.accelerator == "cpu":  # without a look, which would spoil CUDA for forked processes
+        return torch.device("cpu")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices.accelerator == "cpu" or (devices.accelerator == "auto" and devices.id is None and not present):
+    if devices.accelerator == "auto" and devices.id is None and not present:
         return torch.device("cpu")
     if not present:
         raise ConfigurationError(
@@ -33,7 +35,7 @@ def resolve(devices: Devices) -> torch.device:
 
 
 def may_use_cuda(devices: Devices) -> bool:
-    """Tells whether ``devices`` can mean a CUDA device, without looking for one, which would spoil it for children."""
+    """Tells whether ``devices`` can mean a CUDA device, without a look for one."""
     return devices.accelerator != "cpu" and bool(torch.backends.cuda.is_built())  # type: ignore[no-untyped-call]
 
 
