@@ -20,7 +20,7 @@ from shoal.bench.baseline import LEARNING_RATE, SPAWNED, PlainLoop, SpawnedClien
 from shoal.bench.models import CLASSES, MODELS, BenchModel
 from shoal.data import ArrayDataset, Population
 from shoal.devices import Devices
-from shoal.engines import DistributedEngine, Engine, VectorizedEngine
+from shoal.engines import DistributedEngine, Engine, ProcessEngine, VectorizedEngine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation import Experiment
 from shoal.federation.preparation import Plan, prepare
@@ -134,8 +134,14 @@ def simulate(
         peak_device_bytes=sum(device for _, device in peaks),
         baseline_ratio=statistics.median(theirs) / seconds if theirs else None,
         block_size=local.found_block_size if isinstance(local, VectorizedEngine) else None,
-        threads=plan.experiment.learner.devices.threads or torch.get_num_threads(),
+        threads=_threads(local, learner.devices),
     )
+
+
+def _threads(engine: Engine, devices: Devices) -> int:
+    if isinstance(engine, ProcessEngine):
+        return engine.child_threads(devices)
+    return devices.threads or torch.get_num_threads()
 
 
 def _require_positive(**numbers: int) -> None:

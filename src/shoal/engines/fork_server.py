@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import math
 import os
@@ -70,7 +69,7 @@ def serve(end: socket.socket, learner: Learner, dataset: Dataset, limits: Limits
 
     Args:
         end: The channel to the parent.
-        learner: Trains the clients; not used yet for anything.
+        learner: Trains the clients.
         dataset: All clients' samples.
         limits: How many children there may be.
         parent: The parent's process id.
@@ -84,23 +83,15 @@ def serve(end: socket.socket, learner: Learner, dataset: Dataset, limits: Limits
         if os.getppid() != parent:
             os._exit(0)
 
-    def ready() -> Learner:
-        ours = learner
-        if learner.devices.threads is None:
-            share = max(1, len(os.sched_getaffinity(0)) // limits.max_concurrent)
-            ours = learner.on(dataclasses.replace(learner.devices, threads=share))
-        ours.preload()
-        return ours
-
     try:
-        ours = in_new_thread(ready, look)
+        in_new_thread(learner.preload, look)
     except Exception as error:
         asked = isinstance(error, ConfigurationError)
         send(end, {"kind": "refused", "why": (str(error) if asked else f"{type(error).__name__}: {error}")[:4000]})
         return
     gc.freeze()  # or each child's collector would write to, and so copy, all of the memory that they share
     send(end, {"kind": "ready"})
-    ForkServer(end, ours, dataset, limits, look).serve()
+    ForkServer(end, learner, dataset, limits, look).serve()
 
 
 class ForkServer:

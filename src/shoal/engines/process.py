@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import numpy as np
 
 from shoal.data import Dataset, Population, Subset
+from shoal.devices import Devices
 from shoal.engines.base import ClientResult, ClientTask
 from shoal.engines.fork_server import Limits, serve
 from shoal.engines.forking import ending
@@ -76,12 +78,13 @@ class ProcessEngine:
         """
         self.close()
         limits = Limits(
-            max_concurrent=self.max_concurrent or len(os.sched_getaffinity(0)),
+            max_concurrent=self._concurrent(),
             clients_per_process=self.clients_per_process,
             client_timeout=self.client_timeout,
         )
         dataset = clients.dataset.dataset if isinstance(clients.dataset, Subset) else clients.dataset
-        self._link = ServerLink(partial(serve, learner=learner, dataset=dataset, limits=limits, parent=os.getpid()))
+        ours = learner.on(dataclasses.replace(learner.devices, threads=self.child_threads(learner.devices)))
+        self._link = ServerLink(partial(serve, learner=ours, dataset=dataset, limits=limits, parent=os.getpid()))
         self._learner, self._dataset, self._window = learner, dataset, 2 * limits.max_concurrent
         try:
             message, _ = self._link.receive(START)
@@ -107,12 +110,19 @@ class ProcessEngine:
             raise ConfigurationError("engine 'process' was opened with another learner: open it with this one")
         return self._results(self._link, broadcast, tasks, [self._indices(task) for task in tasks])
 
+    def child_threads(self, devices: Devices) -> int:
+        """Returns how many CPU threads one operation of a child uses: the user's number, or its share of the cores."""
+        return devices.threads or max(1, len(os.sched_getaffinity(0)) // self._concurrent())
+
     def close(self) -> None:
         """Ends the server and whatever it has under way."""
         if self._link is not None:
             self._link.stop()
         self._link = self._learner = self._dataset = None
         self._run += 1
+
+    def _concurrent(self) -> int:
+        return self.max_concurrent or len(os.sched_getaffinity(0))
 
     def _results(
         self, link: ServerLink, broadcast: Broadcast, tasks: Sequence[ClientTask], indices: Sequence[np.ndarray]
