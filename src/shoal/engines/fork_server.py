@@ -18,7 +18,7 @@ from shoal.data import Dataset
 from shoal.engines.base import ClientResult
 from shoal.engines.forking import LOOK, die_with, flush_output, fork, in_new_thread
 from shoal.engines.messages import Message, channel, receive, send
-from shoal.engines.parcels import pack_result, unpack_broadcast, unpack_task
+from shoal.engines.parcels import in_words, pack_result, unpack_broadcast, unpack_task
 from shoal.engines.sequential import attempt
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
@@ -26,6 +26,9 @@ from shoal.types import Broadcast
 
 LEAVE = 10.0
 """Seconds that a child may take to end after its last client."""
+
+MOST_TOLD = 4000
+"""Characters of an error that fit into a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +89,8 @@ def serve(end: socket.socket, learner: Learner, dataset: Dataset, limits: Limits
     try:
         in_new_thread(learner.preload, look)
     except Exception as error:
-        asked = isinstance(error, ConfigurationError)
-        send(end, {"kind": "refused", "why": (str(error) if asked else f"{type(error).__name__}: {error}")[:4000]})
+        why = str(error) if isinstance(error, ConfigurationError) else in_words(error)
+        send(end, {"kind": "refused", "why": why[:MOST_TOLD]})
         return
     gc.freeze()  # or each child's collector would write to, and so copy, all of the memory that they share
     send(end, {"kind": "ready"})
@@ -249,26 +252,24 @@ class ForkServer:
     def _assign(self) -> None:
         """Gives tasks to children that have none, or to new ones."""
         while self._queue:
-            child = next((child for child in self._children if child.place is None and child.clients_left), None)
-            if child is None and len(self._children) >= self._limits.max_concurrent:
+            place, parcel = self._queue[0]
+            idle = next((child for child in self._children if child.place is None and child.clients_left), None)
+            if idle is None and len(self._children) >= self._limits.max_concurrent:
                 return
             try:
-                child = child or self._born()
+                child = idle or self._born()
             except OSError as error:
                 if self._children:
                     return  # it may go when one of these has ended
-                place, parcel = self._queue.popleft()
-                os.close(parcel)
                 self._tell("unborn", place, why=str(error))
-                continue
-            place, parcel = self._queue[0]
-            child.clients_left -= 1
-            try:
-                send(child.channel, {"place": place}, parcel)
-            except OSError:  # it has died meanwhile, with no client
-                child.clients_left = 0
-                continue
-            child.place, child.deadline = place, time.monotonic() + self._limits.client_timeout
+            else:
+                child.clients_left -= 1
+                try:
+                    send(child.channel, {"place": place}, parcel)
+                except OSError:  # it has died meanwhile, with no client
+                    child.clients_left = 0
+                    continue
+                child.place, child.deadline = place, time.monotonic() + self._limits.client_timeout
             self._queue.popleft()
             os.close(parcel)
 
@@ -303,11 +304,11 @@ class ForkServer:
         """Is the child: trains the clients that it is given."""
         broadcast: Broadcast | None = None
         for _ in range(self._limits.clients_per_process):
-            received = receive(end)
-            if received is None or received[1] is None or self._broadcast is None:
+            _, parcel = receive(end) or ({}, None)
+            if parcel is None or self._broadcast is None:
                 return
-            task = unpack_task(received[1], self._dataset)
-            os.close(received[1])
+            task = unpack_task(parcel, self._dataset)
+            os.close(parcel)
             try:
                 broadcast = broadcast or unpack_broadcast(self._broadcast)
                 result = pack_result(attempt(self._learner, broadcast, task))

@@ -57,7 +57,7 @@ def pack_result(result: ClientResult) -> int:
     if update is None:
         error = result.error or ClientError("neither an update nor an error")
         told = "".join(traceback.format_exception(error))
-        return write_shared({"error": _in_words(error), "traceback": told}, {})
+        return write_shared({"error": in_words(error), "traceback": told}, {})
     meta = {
         "weight": float(update.weight),
         "metrics": {name: float(value) for name, value in update.metrics.items()},
@@ -84,6 +84,7 @@ def unpack_result(fd: int, client: int) -> ClientResult:
     return ClientResult(client=client, update=update)
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
+    """Returns an error's type and message."""
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -131,11 +131,12 @@ class ProcessEngine:
         run, sent = self._run, 0
         held: dict[int, ClientResult] = {}
         try:
-            _hand_over(link, {"kind": "begin", "run": run}, pack_broadcast(broadcast))
+            _hand_over(link, {"kind": "begin", "run": run}, partial(pack_broadcast, broadcast))
             for place in range(len(tasks)):
                 self._check(run)
                 while sent < min(place + self._window, len(tasks)):
-                    _hand_over(link, {"kind": "task", "place": sent}, pack_task(tasks[sent], indices[sent]))
+                    pack = partial(pack_task, tasks[sent], indices[sent])
+                    _hand_over(link, {"kind": "task", "place": sent}, pack)
                     sent += 1
                 while place not in held:
                     message, fd = self._next(link, run, within=self.client_timeout + GRACE)
@@ -201,8 +202,12 @@ class ProcessEngine:
         )
 
 
-def _hand_over(link: ServerLink, message: Message, parcel: int) -> None:
-    """Sends shared memory and lets go of it."""
+def _hand_over(link: ServerLink, message: Message, pack: Callable[[], int]) -> None:
+    """Sends a message with shared memory."""
+    try:
+        parcel = pack()
+    except OSError as error:
+        raise EngineError(f"engine 'process' has no memory to share with its children: {error}") from error
     try:
         link.send(message, parcel)
     finally:

@@ -22,6 +22,9 @@ class ServerLink:
 
     Args:
         serve: Is the server's process; it is given its end of the channel.
+
+    Raises:
+        EngineError: No process can be started.
     """
 
     def __init__(self, serve: Callable[[socket.socket], None]) -> None:
@@ -35,9 +38,9 @@ class ServerLink:
 
         try:
             self._pid = fork(body)
-        except BaseException:
+        except OSError as error:
             self._end.close()
-            raise
+            raise EngineError(f"the fork server of engine 'process' cannot be started: {error}") from error
         finally:
             theirs.close()
 

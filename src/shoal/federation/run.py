@@ -63,6 +63,7 @@ def federate(
     Raises:
         ConfigurationError: Something was asked for that cannot be; nothing was written.
         ClientError: More clients of a round failed than ``max_failures``.
+        EngineError: A process that the engine relies on has ended.
         NonFiniteError: A step would have made the global model NaN or infinite.
         StorageError: The run folder cannot be written.
         RunInterrupted: Ctrl-C or SIGTERM came; the state is saved.

@@ -447,6 +447,26 @@ def test_no_tasks_and_no_samples():
         assert errors(engine.run(learner, broadcast, [empty])) == {0: "DataError: there is no example to train on"}
 
 
+def test_a_machine_that_has_no_process_or_no_memory_left_says_so(monkeypatch):
+    before = open_files()
+    full = OSError(12, "Cannot allocate memory")
+
+    def fail(*_):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fork", fail)
+        with pytest.raises(EngineError, match=r"fork server of engine 'process' cannot be started: .* allocate memory"):
+            ProcessEngine().open(MeanLearner(), clients())
+    assert open_files() == before
+    with opened() as (_, start):
+        with monkeypatch.context() as patch:
+            patch.setattr("shoal.engines.shared_trees._anonymous_file", fail)
+            with pytest.raises(EngineError, match=r"no memory to share with its children: .* allocate memory"):
+                list(start())
+        assert errors(start()) == {}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -132,3 +132,29 @@ def test_the_command_ends_on_ctrl_c_with_the_way_to_go_on(tmp_path):
     assert f"to go on: shoal {' '.join(words)} --run-dir runs/digits-0001 --resume" in told
     done = int(re.search(r"stopped after round (\d+); the state is saved", told)[1])
     assert (tmp_path / f"runs/digits-0001/checkpoints/round-{done:06d}").exists()
+
+
+FAILING = """
+import shoal
+from support import Failing, learner, population
+
+def act(inputs):
+    raise ZeroDivisionError("the user's own loss")
+
+def experiment():
+    return shoal.Experiment(learner=learner(lambda: Failing(act)), clients=population(), rounds=2)
+"""
+
+
+def test_the_command_shows_the_traceback_of_a_childs_failure(tmp_path):
+    (tmp_path / "mine.py").write_text(FAILING)
+    words = ["federate", "mine.py", "--engine", "process", "--set", "engine.clients_per_process=2"]
+    with started("-m", "shoal", *words, cwd=tmp_path) as run:
+        _, told = run.communicate(timeout=TIMEOUT)
+    assert run.returncode == 1
+    assert "In the process of client 0:" in told
+    assert 'mine.py", line' in told
+    last = told.splitlines()[-1]
+    assert last.startswith(
+        "shoal: error: client 0 failed in round 1: ClientError: ZeroDivisionError: the user's own loss"
+    )
