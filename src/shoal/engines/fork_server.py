@@ -170,7 +170,7 @@ class ForkServer:
                     self._queue.append((message["place"], fd))
                 case "end":
                     self._kill_all()
-                    self._ending = True
+                    self._run, self._ending = message["run"], True
                 case _:
                     self._kill_all()
                     self._serving = False

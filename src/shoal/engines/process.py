@@ -162,7 +162,7 @@ class ProcessEngine:
 
     def _end(self, link: ServerLink, run: int) -> None:
         """Ends a round, and waits until its processes are gone."""
-        link.send({"kind": "end"})
+        link.send({"kind": "end", "run": run})
         kind = ""
         while kind != "ended":
             message, fd = self._next(link, run, within=GRACE)
