@@ -9,7 +9,6 @@ import typer
 
 from shoal.cli.exits import guarded
 from shoal.cli.launch import among_workers, launch_if_asked
-from shoal.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from shoal.bench import Measurement
