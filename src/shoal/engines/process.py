@@ -38,7 +38,8 @@ class ProcessEngine:
     operation uses one CPU thread for each core that a child has to itself, unless the learner's devices say otherwise.
 
     Args:
-        max_concurrent: Clients that train at once; None for the number of CPU cores that this process may use.
+        max_concurrent: Clients that train at once; None for the number of CPU cores that this process may use, or for
+            its share of them where a launcher has started several workers on the machine.
         clients_per_process: Clients that a child trains, one after the other, before it ends.
         client_timeout: Seconds that a client may take, before its process is killed.
 
@@ -112,7 +113,7 @@ class ProcessEngine:
 
     def child_threads(self, devices: Devices) -> int:
         """Returns how many CPU threads one operation of a child uses: the user's number, or its share of the cores."""
-        return devices.threads or max(1, len(os.sched_getaffinity(0)) // self._concurrent())
+        return devices.threads or max(1, _cores() // self._concurrent())
 
     def close(self) -> None:
         """Ends the server and whatever it has under way."""
@@ -122,7 +123,7 @@ class ProcessEngine:
         self._run += 1
 
     def _concurrent(self) -> int:
-        return self.max_concurrent or len(os.sched_getaffinity(0))
+        return self.max_concurrent or _cores()
 
     def _results(
         self, link: ServerLink, broadcast: Broadcast, tasks: Sequence[ClientTask], indices: Sequence[np.ndarray]
@@ -200,6 +201,10 @@ class ProcessEngine:
             f"engine 'process' was opened with one data set, and client {task.client} has other data: "
             "make them a Subset of that data set"
         )
+
+
+def _cores() -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _hand_over(link: ServerLink, message: Message, pack: Callable[[], int]) -> None:
