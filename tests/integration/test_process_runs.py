@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from processes import alive, children, eventually
+from process_table import alive, children, eventually
 
 TIMEOUT = 120
 

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from processes import alive, eventually
+from process_table import alive, eventually
 from shoal.engines.forking import die_with, ending, fork, in_new_thread
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import shoal
-from processes import alive, children, eventually, open_files
+from process_table import alive, children, eventually, open_files
 from shoal.data import ArrayDataset, Population, Subset
 from shoal.engines import ClientTask, DistributedEngine, ProcessEngine, SequentialEngine
 from shoal.errors import ClientError, ConfigurationError, DataError, EngineError

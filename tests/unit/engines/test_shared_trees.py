@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
-from processes import open_files
+from process_table import open_files
 from shoal.engines.shared_trees import read_shared, write_shared
 
 TORCH = [
