@@ -60,6 +60,7 @@ def experiment(
             epochs=epochs,
             steps=steps,
             transform=shoal.scale_pixels,
+            devices=shoal.Devices(threads=1),  # as fast for so small a model, and others may want the cores
         ),
         clients=shoal.data.partition(train, shoal.data.IID(clients=clients), seed=seed),
         evaluate=test,

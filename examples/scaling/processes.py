@@ -6,15 +6,20 @@ from pathlib import Path
 
 
 def host_memory(pid: int) -> int:
-    """Returns what a process and all its children have in memory, in bytes; what they share counts once."""
-    total = 0
+    """Returns what a process and all its children have in memory, in bytes.
+
+    What they share, with each other or with anybody else, counts once, as much as the largest of them has of it.
+    """
+    private, shared = 0, [0]
     for one in (pid, *descendants(pid)):
         try:
-            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]
         except OSError:  # it has just ended
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+        sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        private += sizes["Private_Clean"] + sizes["Private_Dirty"]
+        shared.append(sizes["Shared_Clean"] + sizes["Shared_Dirty"])
+    return private + max(shared)
 
 
 def descendants(pid: int) -> list[int]:
