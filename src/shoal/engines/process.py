@@ -85,11 +85,13 @@ class ProcessEngine:
         )
         dataset = clients.dataset.dataset if isinstance(clients.dataset, Subset) else clients.dataset
         ours = learner.on(dataclasses.replace(learner.devices, threads=self.child_threads(learner.devices)))
-        self._link = ServerLink(partial(serve, learner=ours, dataset=dataset, limits=limits, parent=os.getpid()))
-        self._learner, self._dataset, self._window = learner, dataset, 2 * limits.max_concurrent
+        link = ServerLink(partial(serve, learner=ours, dataset=dataset, limits=limits, parent=os.getpid()))
+        self._link, self._learner, self._dataset = link, learner, dataset
+        self._window = 2 * limits.max_concurrent
         try:
-            message, _ = self._link.receive(START)
+            message, _ = link.receive(START)
         except BaseException:
+            link.kill()  # it has no children yet, and may take its time to hear of the end
             self.close()
             raise
         if message["kind"] == "refused":

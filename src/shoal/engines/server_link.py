@@ -86,6 +86,12 @@ class ServerLink:
             return received
         raise self._stuck(within)
 
+    def kill(self) -> None:
+        """Ends a server that need not see to its children; the system ends those."""
+        if self.serving:
+            os.kill(self._pid, signal.SIGKILL)
+            self._wait()
+
     def stop(self) -> None:
         """Ends the server and all of its children; without effect where that is done."""
         if os.getpid() != self._owner:  # a copy in a process that was forked: the server is another's
@@ -104,8 +110,7 @@ class ServerLink:
 
     def _stuck(self, seconds: float) -> EngineError:
         """Returns the error for a server that does nothing, after ending it."""
-        os.kill(self._pid, signal.SIGKILL)
-        self._wait()
+        self.kill()
         return EngineError(f"the fork server of engine 'process' gave no answer within {seconds:g} s and was killed")
 
     def _wait(self) -> int:

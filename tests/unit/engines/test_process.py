@@ -413,6 +413,17 @@ def test_a_learner_that_loads_for_ever_is_given_up(monkeypatch):
     assert children(os.getpid()) == before
 
 
+def test_ctrl_c_while_it_loads_ends_the_server_at_once_and_without_a_word(capfd):
+    before = children(os.getpid()), open_files()
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    asked = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ProcessEngine().open(MeanLearner(load=hang), clients())
+    assert time.monotonic() - asked < 3
+    assert (children(os.getpid()), open_files()) == before
+    assert capfd.readouterr() == ("", "")
+
+
 def test_threads_are_shared_among_the_children_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     for devices, concurrent, threads in (
