@@ -55,7 +55,7 @@ def zeros(tree: Params) -> dict[str, Array]:
 
 def difference(after: Params, before: Params) -> dict[str, Array]:
     """Returns ``after − before`` in float64."""
-    return map_trees(lambda new, old: widen(new) - old, after, before)
+    return map_trees(_difference, after, before)
 
 
 def advance(tree: Params, increment: Params) -> dict[str, Array]:
@@ -145,6 +145,14 @@ def unflatten(tree: Params, separator: str = "/") -> dict[str, dict[str, Array]]
         outer, _, inner = name.partition(separator)
         trees.setdefault(outer, {})[inner] = array
     return trees
+
+
+def _difference(after: Array, before: Array) -> Array:
+    wide = widen(after)
+    if wide is after:
+        return after - before
+    wide -= before  # in place: large memory takes longer to get than to fill
+    return wide
 
 
 def _add_scaled(total: Array, array: Array, scale: float) -> None:

@@ -295,7 +295,7 @@ class _LocalStep:
         return loss, self._output
 
     def __call__(self) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._resident.drop_gradients()
         with self._learner.autocast():
             output = self._resident.module(self._inputs)
             loss = self._learner.loss(output, self._targets)

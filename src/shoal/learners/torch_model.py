@@ -78,6 +78,11 @@ class ResidentModel:
                 tensor.copy_(torch.as_tensor(constants[name]))
         self._loaded = constants, [_writes(tensor) for tensor in self.constants.values()]
 
+    def drop_gradients(self) -> None:
+        """Forgets the gradients, as an optimizer's ``zero_grad`` does in ten times the time."""
+        for tensor in self.params.values():
+            tensor.grad = None
+
     def delta(self, before: ModelState) -> tuple[dict[str, Array], dict[str, Array]]:
         """Returns what training changed in the parameters and in the buffers, in float64."""
         return self._difference(self.params, before.params), self._difference(self.buffers, before.buffers)
@@ -91,9 +96,9 @@ class ResidentModel:
         """Returns the tree as tensors on the module's device, copied only where it is elsewhere."""
         return {name: torch.as_tensor(array, device=self.device) for name, array in tree.items()}
 
+    @torch.no_grad()
     def _difference(self, own: Mapping[str, Tensor], before: Params) -> dict[str, Array]:
-        after = {name: tensor.detach() for name, tensor in own.items()}
-        return trees.difference(after, self.on_device({name: before[name] for name in after}))
+        return trees.difference(own, self.on_device({name: before[name] for name in own}))
 
 
 class ObjectiveGradient:
@@ -112,11 +117,13 @@ class ObjectiveGradient:
         self._anchor = resident.on_device(broadcast.model.params) if objective.proximal else {}
         self._correction = resident.on_device(objective.correction or {})
 
-    @torch.no_grad()
     def add(self) -> None:
         """Adds the gradient to what ``backward`` left in the parameters' ``grad``."""
-        if not (self._anchor or self._correction):
-            return
+        if self._anchor or self._correction:
+            self._add()
+
+    @torch.no_grad()
+    def _add(self) -> None:
         for name, parameter in self._params.items():
             if parameter.grad is None:  # not reached by the task loss, yet part of the objective
                 parameter.grad = torch.zeros_like(parameter)
