@@ -104,6 +104,8 @@ class TorchLearner:
             raise ConfigurationError(f"both steps={self.steps} and epochs={self.epochs} are set; leave one out")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be > 0, not {self.clip_norm}; None means no limit")
+        if self.metrics and "loss" in self.metrics:
+            raise ConfigurationError("a metric is named 'loss', as the task loss is: give it another name")
 
     def preload(self) -> None:
         """Imports what torch would import at the first step; without CUDA it makes the module too.

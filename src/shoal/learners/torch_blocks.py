@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -77,7 +77,8 @@ def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: b
         pads: Whether unequal batches of a step are padded to one size; else each size is a part of its own.
     """
     if all(one is sizes[0] for one in sizes):
-        return _uniform(sizes[0], np.asarray(examples))
+        seen = np.full(len(sizes), float(sum(sizes[0])))
+        return Schedule(steps=_uniform(tuple(sizes[0]), len(sizes)), examples=np.asarray(examples), seen=seen)
     longest = max(len(one) for one in sizes)
     table = np.zeros((len(sizes), longest), dtype=np.int64)
     for row, one in enumerate(sizes):
@@ -95,13 +96,13 @@ def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: b
     )
 
 
-def _uniform(sizes: Sequence[int], examples: np.ndarray) -> Schedule:
-    """Returns the schedule of clients that all have these batches."""
-    steps, start = [], 0
-    for size in sizes:
-        steps.append([Part(np.full(len(examples), start), np.full(len(examples), size), None)])
-        start += size
-    return Schedule(steps=steps, examples=examples, seen=np.full(len(examples), float(start)))
+@lru_cache(maxsize=64)  # blocks are many, and their shapes few
+def _uniform(sizes: tuple[int, ...], clients: int) -> list[list[Part]]:
+    """Returns the steps of so many clients that all have these batches."""
+    starts = np.cumsum(sizes) - sizes
+    return [
+        [Part(np.full(clients, start), np.full(clients, size), None)] for start, size in zip(starts, sizes, strict=True)
+    ]
 
 
 def _parts(counts: np.ndarray, starts: np.ndarray, *, pads: bool) -> list[Part]:

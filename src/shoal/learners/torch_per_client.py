@@ -22,13 +22,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_recurrent import gru, lstm, rnn_relu, rnn_tanh
+from shoal.learners.torch_vmap import on_block
 
 Convolution = Literal["grouped", "matmul"]
 """How a convolution with a weight for each client runs."""
@@ -88,10 +87,10 @@ class PerClient(TorchFunctionMode):
                 row.bernoulli_(1 - p, generator=generator)
             return inputs * noise.div_(1 - p), 0
 
-        return _on_block(drop, lambda x: F.dropout(x, p), input)
+        return on_block(drop, lambda x: F.dropout(x, p), input)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _on_block(partial(_stacked_linear, self._pool), F.linear, input, weight, bias)
+        return on_block(partial(_stacked_linear, self._pool), F.linear, input, weight, bias)
 
     def _attention(
         self,
@@ -117,7 +116,7 @@ class PerClient(TorchFunctionMode):
 
         # With a mask of its own shape, or noise that is not the clients', vmap has the word.
         foldable = attn_mask is None and not dropout_p and query.ndim > 2
-        return _on_block(folded if foldable else None, plain, query, key, value)
+        return on_block(folded if foldable else None, plain, query, key, value)
 
     def _inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function so that the rules hold for what it calls."""
@@ -140,46 +139,6 @@ def _transparent(function: Any) -> Callable[..., Any]:
 _multi_head_attention = _transparent(F.multi_head_attention_forward)
 
 
-Rule = Callable[..., tuple[Tensor, int]]
-"""Takes the operands with the clients on the first axis, and ``shared`` if there are several: which of those after the
-first are the same for all clients, and so have no such axis. Returns the result and its axis of clients."""
-
-
-def _on_block(rule: Rule | None, plain: Callable[..., Tensor], *operands: Any) -> Tensor:
-    """Runs a rule on the clients' arrays as they lie in memory.
-
-    The names are torch's own for what ``vmap`` wraps; its public way, an ``autograd.Function`` with a rule for vmap,
-    takes 0.2 ms a call, more than many of the operations.
-
-    Args:
-        rule: What to do with all clients' arrays; None if vmap has the word.
-        plain: The operation for one client, which vmap runs where the rule does not apply.
-        operands: Tensors, or None for a missing one.
-    """
-    first, *others = operands
-    level = functorch.maybe_get_level(first)
-    if rule is None or not functorch.is_batchedtensor(first) or functorch.is_batchedtensor(_unwrapped(first)):
-        return plain(*operands)
-    differs = [isinstance(other, Tensor) and functorch.is_batchedtensor(other) for other in others]
-    if any(functorch.maybe_get_level(o) != level for o, own in zip(others, differs, strict=True) if own):
-        return plain(*operands)
-    arrays = [_clients_first(other) if own else other for other, own in zip(others, differs, strict=True)]
-    shared = {"shared": [not own for own in differs]} if others else {}
-    with retrieve_current_functorch_interpreter().lower():  # outside of this vmap
-        result, dim = rule(_clients_first(first), *arrays, **shared)
-    wrapped: Tensor = functorch._add_batch_dim(result, dim, level)  # noqa: SLF001
-    return wrapped
-
-
-def _unwrapped(batched: Tensor) -> Tensor:
-    inner: Tensor = functorch.get_unwrapped(batched)
-    return inner
-
-
-def _clients_first(batched: Tensor) -> Tensor:
-    return _unwrapped(batched).movedim(functorch.maybe_get_bdim(batched), 0)
-
-
 def _stacked_linear(
     pool: Pool, x: Tensor, weight: Tensor, bias: Tensor | None, shared: Sequence[bool]
 ) -> tuple[Tensor, int]:
@@ -189,9 +148,10 @@ def _stacked_linear(
             result = result + bias.reshape(len(bias), *[1] * (result.ndim - 2), -1)
         return result, 0
     clients, features = x.shape[0], x.shape[-1]
-    offset = None if bias is None else bias.expand(clients, -1)
-    rows = _BatchedLinear.apply(x.reshape(clients, -1, features), weight, offset, pool)  # type: ignore[no-untyped-call]
-    return rows.reshape(*x.shape[:-1], weight.shape[1]), 0
+    offset = bias.expand(clients, -1) if bias is not None and shared[1] else bias
+    rows = x if x.ndim == 3 else x.reshape(clients, -1, features)
+    result = _BatchedLinear.apply(rows, weight, offset, pool)  # type: ignore[no-untyped-call]
+    return result if x.ndim == 3 else result.reshape(*x.shape[:-1], weight.shape[1]), 0
 
 
 class _BatchedLinear(torch.autograd.Function):
@@ -261,7 +221,7 @@ def _convolution(
 
     can_multiply = groups == 1 and not isinstance(padding, str)
     lowered = product if kind == "matmul" and can_multiply else grouped
-    return _on_block(run if input.ndim == 4 else None, plain, input, weight, bias)
+    return on_block(run if input.ndim == 4 else None, plain, input, weight, bias)
 
 
 def _spatial(x: Tensor, kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> list[int]:
@@ -282,7 +242,7 @@ def _pooling(pool: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def beside(x: Tensor) -> tuple[Tensor, int]:
             return torch.unflatten(plain(_beside_channels(x)), 1, (len(x), -1)), 1
 
-        return _on_block(beside if input.ndim == 4 else None, plain, input)
+        return on_block(beside if input.ndim == 4 else None, plain, input)
 
     return pooled
 
@@ -302,7 +262,7 @@ def _group_norm(
             result = result + (b.view(1, 1, -1, *over) if shared[1] else b.view(len(x), 1, -1, *over))
         return result, 0
 
-    return _on_block(normed, plain, input, weight, bias)
+    return on_block(normed, plain, input, weight, bias)
 
 
 def _cross_entropy(
@@ -328,7 +288,7 @@ def _cross_entropy(
 
     usual = (weight, size_average, reduce, reduction, label_smoothing) == (None, None, None, "mean", 0.0)
     classes = input.ndim == 2 and not target.is_floating_point()
-    return _on_block(folded if usual and classes else None, plain, input, target)
+    return on_block(folded if usual and classes else None, plain, input, target)
 
 
 def _beside_channels(x: Tensor) -> Tensor:

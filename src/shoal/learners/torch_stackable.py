@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal import trees
 from shoal.data import Dataset
 from shoal.errors import CannotStackError
-from shoal.learners.torch_devices import computing
+from shoal.learners.torch_devices import computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, seeded
 from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
-from shoal.learners.torch_stacked import ELEMENT_WISE, Stacking, sample_losses, stacked_losses
+from shoal.learners.torch_stacked import ELEMENT_WISE, MEMORY_SHARE, Stacking
+from shoal.learners.torch_stacked_model import StackedModel, batch_means, sample_values
+from shoal.types import ModelState
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
@@ -28,6 +31,9 @@ SEEDS = (11, 12)
 
 SAMPLES = 4
 """Samples of each of them; two would do, more make equal gradients by chance less likely."""
+
+SHIFTS = 16
+"""How many outputs are tried for whether a metric is a plain mean over samples."""
 
 NOISE_FORMATS = (torch.contiguous_format, torch.preserve_format)
 
@@ -61,13 +67,13 @@ def find_stacking(learner: TorchLearner, dataset: Dataset) -> Stacking:
     try:
         resident.module.train()
         with computing(learner.device, learner.devices.threads):
-            return _try(learner, _Trial(learner, dataset))
+            return _try(learner, _Trial(learner, dataset, before))
     except CannotStackError:
         raise
     except Exception as error:
         raise CannotStackError(_reason(error)) from error
     finally:
-        resident.module.zero_grad(set_to_none=True)
+        resident.drop_gradients()
         resident.load(before)
 
 
@@ -86,9 +92,10 @@ class _Trial:
     Args:
         learner: Gives the model and the loss.
         dataset: Has the samples.
+        start: The model before the trial.
     """
 
-    def __init__(self, learner: TorchLearner, dataset: Dataset) -> None:
+    def __init__(self, learner: TorchLearner, dataset: Dataset, start: ModelState) -> None:
         self.learner = learner
         self.module = learner.resident.module
         self.noisy = False
@@ -97,7 +104,7 @@ class _Trial:
         """The buffers that a step changes."""
         self.activations = 0
         """Bytes that a step keeps for the backward pass, for each sample."""
-        self._start = learner.resident.state()
+        self._start = start
         count = max(min(SAMPLES, learner.batch_size or SAMPLES, len(dataset) // 2), 1)
         picked = np.linspace(0, len(dataset) - 1, 2 * count).astype(np.int64)
         inputs, targets = (torch.as_tensor(array).to(learner.device) for array in dataset.take(picked))
@@ -108,6 +115,13 @@ class _Trial:
     def _weigh(self, saved: Tensor) -> Tensor:
         self.activations += saved.nbytes // len(self.inputs[0])
         return saved
+
+    def fits(self, copies: int) -> bool:
+        """Tells whether so many copies of the two clients may be tried in the memory that is free."""
+        # Parameters, their gradients, and those that they are compared with.
+        arrays = 3 * trees.nbytes(self.learner.resident.params)
+        needed = copies * len(SEEDS) * (arrays + self.inputs.shape[1] * self.activations)
+        return needed <= MEMORY_SHARE * free_memory(self.learner.device)
 
     def output(self, inputs: Tensor) -> Any:
         """Returns what the model gives for one client's batch."""
@@ -142,9 +156,9 @@ class _Trial:
         layers = PerClient(stacking.convolutions[0], Pool(device), stacking.noise_format)
         layers.generators = [torch.Generator(device).manual_seed(seed) for seed in SEEDS * copies]
         inputs, targets = (array.repeat(copies, *[1] * (array.ndim - 1)) for array in (self.inputs, self.targets))
-        with layers:
-            losses, _ = stacked_losses(self.learner, BorrowedModule(self.module), {**params, **own}, inputs, targets)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        model = StackedModel(self.learner, BorrowedModule(self.module), layers)
+        means = model.means({**params, **own}, inputs, targets)
+        means["loss"].sum().backward()  # type: ignore[no-untyped-call]
         return [parameter.grad for parameter in params.values()]
 
 
@@ -154,7 +168,10 @@ def _noise_state(device: torch.device) -> Tensor:
 
 def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
     expected = [trial.alone(client) for client in range(len(SEEDS))]
-    pads = not trial.noisy and not learner.train_metrics and _pads(trial)
+    if not trial.fits(copies=1):
+        size = trees.nbytes(learner.resident.params) / 1e9
+        raise CannotStackError(f"with parameters of {size:.1f} GB there is not enough free memory for two clients")
+    pads = not trial.noisy and _pads(trial)
     convolves = any(isinstance(module, nn.Conv2d) for module in trial.module.modules())
     difference: str | None = None
     for noise_format in NOISE_FORMATS if trial.noisy else NOISE_FORMATS[:1]:
@@ -179,8 +196,10 @@ def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
 
 
 def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | None]) -> bool:
-    """Tells whether the clients' gradients have the same bits in larger blocks."""
+    """Tells whether the clients' gradients have the same bits in larger blocks, as far as those can be tried."""
     for copies in (2, 5):
+        if not trial.fits(copies):
+            return False
         larger = trial.together(stacking, copies=copies)
         for few, many in zip(found, larger, strict=True):
             if few is None or many is None:
@@ -209,7 +228,7 @@ def _difference(
 
 
 def _pads(trial: _Trial) -> bool:
-    """Tells whether batches may be padded: each sample's output and loss are its own."""
+    """Tells whether batches may be padded: each sample's output, loss and metrics are its own."""
     samples = trial.inputs.shape[1]
     if samples < 2:
         return False
@@ -223,12 +242,32 @@ def _pads(trial: _Trial) -> bool:
         mixed = trial.output(torch.cat([trial.inputs[0, :1], trial.inputs[1, 1:]]))
         if not torch.allclose(mixed[0], outputs[0][0], rtol=_tolerance(mixed), atol=_tolerance(mixed)):
             return False
-        loss = trial.learner.loss
-        together = loss(torch.cat(outputs), targets)
-        apart = sample_losses(loss, torch.cat(outputs), targets)
-    if apart.shape != targets.shape[:1]:
+        tried = _shifted(torch.cat(outputs), classes=not targets.is_floating_point())
+        return all(_are_plain_means(trial.learner, shifted, targets) for shifted in tried)
+
+
+def _are_plain_means(learner: TorchLearner, outputs: Tensor, targets: Tensor) -> bool:
+    """Tells whether the loss and the metrics of a batch are plain means over its samples."""
+    together = batch_means(learner, outputs, targets)
+    try:
+        apart = sample_values(learner, outputs, targets)
+    except Exception:  # what a user's metric raises for one sample
         return False
-    return torch.allclose(together, apart.mean(), rtol=_tolerance(apart), atol=0)
+    return all(
+        values.shape == targets.shape[:1]
+        and torch.allclose(together[name], values.mean(), rtol=_tolerance(values), atol=0)
+        for name, values in apart.items()
+    )
+
+
+def _shifted(outputs: Tensor, *, classes: bool) -> Iterator[Tensor]:
+    """Yields the outputs, given to other samples each time, and to other classes if they are scores of classes.
+
+    A metric may be a mean where all predictions are wrong, and not where some are right.
+    """
+    axes = list(range(outputs.ndim if classes else 1))
+    for shift in range(SHIFTS):
+        yield outputs.roll([shift] * len(axes), axes)
 
 
 def _tolerance(array: Tensor) -> float:

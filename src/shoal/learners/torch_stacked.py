@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shoal import trees
 from shoal.data import Dataset
@@ -19,6 +18,7 @@ from shoal.learners.torch_devices import computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, ObjectiveGradient
 from shoal.learners.torch_per_client import Convolution, PerClient
+from shoal.learners.torch_stacked_model import StackedModel
 from shoal.types import Broadcast, StackedUpdate
 
 if TYPE_CHECKING:
@@ -160,19 +160,20 @@ class StackedTrainer:
         plan = schedule([self._learner.batch_sizes(count) for count in examples], examples, pads=self._stacking.pads)
         batches = self._data.load(clients, plan)
         start = self._started(broadcast)
-        program = _Block(learner, start, self._stacks(start, len(clients)), self._pool)
         layers = PerClient(convolution, self._pool, self._stacking.noise_format)
+        model = StackedModel(learner, start.borrowed, layers)
+        program = _Block(learner, model, start, self._stacks(start, len(clients)), self._pool)
         sums: dict[str, Tensor] = {}
         for number, parts in enumerate(plan.steps):
             total: Tensor | None = None
             for part in parts:
                 inputs, targets, masks = batches(part)
                 layers.generators = generators if part.rows is None or not noisy else [generators[r] for r in part.rows]
-                with layers:
-                    losses, metrics = program.losses(part, inputs, targets, masks)
-                total = losses.sum() if total is None else total + losses.sum()
-                for name, means in {"loss": losses, **metrics}.items():
-                    _add_part(sums, name, part, means.detach().double() * part.examples(device), len(clients))
+                means = program.means(part, inputs, targets, masks)
+                total = means["loss"].sum() if total is None else total + means["loss"].sum()
+                for name, values in means.items():
+                    totals = values.detach().double().flatten() * part.examples(device)
+                    _add_part(sums, name, part, totals, len(clients))
             if total is not None:
                 total.backward()  # type: ignore[no-untyped-call]
             program.step()
@@ -222,14 +223,18 @@ class _Block:
 
     Args:
         learner: Says what to train and how.
+        model: The model for many clients.
         start: What each client starts from.
         stacks: The same, once for each client.
         pool: Takes the gradients' memory after each step.
     """
 
-    def __init__(self, learner: TorchLearner, start: _Start, stacks: Mapping[str, Tensor], pool: Pool) -> None:
+    def __init__(
+        self, learner: TorchLearner, model: StackedModel, start: _Start, stacks: Mapping[str, Tensor], pool: Pool
+    ) -> None:
         resident = learner.resident
         self._learner = learner
+        self._model = model
         self._start = start
         self._pool = pool
         # Leaves of their own, because the memory outlives them.
@@ -241,25 +246,18 @@ class _Block:
         stacked = {id(resident.params[name]): parameter for name, parameter in self._params.items()}
         self._optimizer = stacked_optimizer(learner.optimizer(list(resident.params.values())), stacked)
 
-    def losses(
-        self, part: Part, inputs: Tensor, targets: Tensor, masks: Tensor | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the mean loss and the metrics of each of the part's clients on its batch, [clients of the part]."""
-        params: Mapping[str, Tensor] = self._params
-        buffers: Mapping[str, Tensor] = self._buffers
+    def means(self, part: Part, inputs: Tensor, targets: Tensor, masks: Tensor | None) -> dict[str, Tensor]:
+        """Returns the loss and the metrics of each of the part's clients on its batch, [clients of the part] each."""
+        state = {**self._params, **self._buffers}
         if part.rows is not None:
             rows = torch.as_tensor(part.rows, device=inputs.device)
-            params = {name: stacked[rows] for name, stacked in params.items()}
-            buffers = {name: stacked[rows] for name, stacked in buffers.items()}
-        measured = stacked_losses(
-            self._learner, self._start.borrowed, {**params, **buffers}, inputs, targets, masks=masks
-        )
+            state = {name: stacked[rows] for name, stacked in state.items()}
+        means = self._model.means(state, inputs, targets, masks)
         if part.rows is not None:
-            for name, changed in buffers.items():
-                self._buffers[name][rows] = changed
-        return measured
+            for name, stacked in self._buffers.items():
+                stacked[rows] = state[name]
+        return means
 
-    @torch.no_grad()
     def step(self) -> None:
         """Takes one optimizer step on the gradients of all clients."""
         self._objective.add()
@@ -308,50 +306,6 @@ class _Block:
         )
 
 
-def stacked_losses(
-    learner: TorchLearner,
-    borrowed: BorrowedModule,
-    state: Mapping[str, Tensor],
-    inputs: Tensor,
-    targets: Tensor,
-    *,
-    masks: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Returns each client's mean loss and metrics on its own batch.
-
-    Args:
-        learner: Gives the transform and the loss.
-        borrowed: The module. Its frozen parameters, and buffers that stay as they are, are one copy for all clients.
-        state: Stacked parameters and buffers, [clients, …] each; the buffers are changed in place.
-        inputs: [clients, n, …].
-        targets: [clients, n, …].
-        masks: For batches padded to n, each sample's share in its client's mean, [clients, n]; None for full batches.
-    """
-    names = tuple(state)
-
-    def measured(x: Tensor, y: Tensor, mask: Tensor | None, *arrays: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        output = borrowed.call(dict(zip(names, arrays, strict=True)), learner.transformed(x))
-        if mask is None:
-            return learner.loss(output, y), learner.measure(output, y) if learner.train_metrics else {}
-        losses = sample_losses(learner.loss, output, y)
-        return (losses * mask.to(losses.dtype)).sum(), {}
-
-    in_dims = (0, 0, None if masks is None else 0, *[0] * len(names))
-    mapped = torch.vmap(measured, in_dims=in_dims, randomness="error")
-    with learner.autocast():
-        result: tuple[Tensor, dict[str, Tensor]] = mapped(inputs, targets, masks, *state.values())
-    return result
-
-
-def sample_losses(loss: Callable[[Any, Any], Tensor], output: Tensor, targets: Tensor) -> Tensor:
-    """Returns the loss of each sample by itself, shape [n]."""
-    if loss is F.cross_entropy and output.ndim == 2:
-        return F.cross_entropy(output, targets, reduction="none")
-    alone = torch.vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0)), randomness="error")
-    result: Tensor = alone(output, targets)
-    return result
-
-
 def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Tensor]) -> torch.optim.Optimizer:
     """Returns the same optimizer over stacked parameters.
 
@@ -368,6 +322,7 @@ def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Ten
     return type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
 
 
+@torch.no_grad()
 def _clip_rows(gradients: Sequence[Tensor], largest: float) -> None:
     """Scales each client's gradient down to a Euclidean norm, as ``torch.nn.utils.clip_grad_norm_`` does for one."""
     norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)

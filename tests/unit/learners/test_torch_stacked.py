@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import shoal
 from models import SHAPE, cnn, group_norm
 from shoal.data import ArrayDataset, Population
+from shoal.errors import CannotStackError
+from shoal.learners.torch import accuracy
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule
 from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
@@ -147,22 +149,80 @@ def test_a_layer_gives_each_client_what_it_gives_alone(layer, convolution):
     assert any(agrees(layer, convolution, noise_format) for noise_format in FORMATS)
 
 
+def precision(output, target):
+    """The share of what is taken for the first class that is of it."""
+    found = output.argmax(dim=1) == 0
+    return ((target == 0) & found).double().sum() / found.sum().clamp(min=1)
+
+
+def by_hand(output, target):
+    return (output.argmax(dim=1)[:2] == target[:2]).double().sum() / 2
+
+
 @pytest.mark.parametrize(
     ("settings", "pads"),
     [
         ({}, True),
         ({"model": BatchNormNet}, False),
         ({"model": lambda: nn.Sequential(Mlp(), nn.Dropout(0.5))}, False),
-        ({"train_metrics": True}, False),
+        ({"train_metrics": True}, True),
+        ({"train_metrics": True, "metrics": {"precision": precision}}, False),
+        ({"metrics": {"precision": precision}}, True),
+        ({"train_metrics": True, "metrics": {"first two": by_hand}}, False),
         ({"loss": lambda o, t: F.cross_entropy(o, t, weight=torch.tensor([1.0, 2.0, 5.0]))}, False),
         ({"loss": lambda o, t: F.cross_entropy(o, t, label_smoothing=0.1)}, True),
         ({"loss": lambda o, t: F.cross_entropy(o, t).exp()}, False),
         ({"loss": lambda o, t: ((o - F.one_hot(t, 3)) ** 2).mean()}, True),
     ],
-    ids=["plain", "batch norm", "dropout", "metrics", "weighted", "smoothed", "not a mean", "squares"],
+    ids=[
+        "plain",
+        "batch norm",
+        "dropout",
+        "accuracy",
+        "precision",
+        "not in training",
+        "two",
+        "weighted",
+        "smoothed",
+        "not a mean",
+        "squares",
+    ],
 )
 def test_only_a_plain_mean_over_separate_samples_is_padded(settings, pads):
     assert find_stacking(learner(**settings), samples(60)).pads is pads
+
+
+def test_metrics_of_padded_clients_are_those_of_each_alone():
+    clients = population((7, 12, 5, 9, 20))
+    ours = learner(
+        train_metrics=True, metrics={"accuracy": accuracy, "error": lambda o, t: 1 - accuracy(o, t)}, epochs=2
+    )
+    broadcast = Broadcast(round=1, model=ours.init(0))
+    found = ours.stacked(clients.dataset).fit(
+        broadcast, [(clients[k], generator(0, "fit", client=k)) for k in range(5)]
+    )
+    for k in range(5):
+        expected = ours.fit(broadcast, clients[k], generator(0, "fit", client=k))
+        assert {n: float(v) for n, v in found.row(k).metrics.items()} == pytest.approx(dict(expected.metrics), rel=1e-6)
+
+
+def test_a_loss_of_one_element_is_stacked_like_a_scalar():
+    ours = learner(loss=lambda output, target: F.cross_entropy(output, target).reshape(1))
+    found, expected = (shoal.federate(made, population(), rounds=2, engine="vectorized") for made in (ours, learner()))
+    assert_equal(found.params, expected.params, atol=1e-6)
+    assert [r["train_loss"] for r in found.history] == pytest.approx([r["train_loss"] for r in expected.history])
+
+
+@pytest.mark.parametrize(("room", "repeatable"), [(1e9, True), (15_000, False)])
+def test_the_trial_takes_no_more_memory_than_there_is(room, repeatable, monkeypatch):
+    monkeypatch.setattr("shoal.learners.torch_stackable.free_memory", lambda _: room)
+    assert find_stacking(learner(), samples(60)).repeatable is repeatable
+
+
+def test_a_model_of_which_there_is_no_room_for_two_is_not_stacked(monkeypatch):
+    monkeypatch.setattr("shoal.learners.torch_stackable.free_memory", lambda _: 2000)
+    with pytest.raises(CannotStackError, match="not enough free memory for two clients"):
+        find_stacking(learner(), samples(60))
 
 
 @pytest.mark.parametrize("convolution", CONVOLUTIONS)
