@@ -66,15 +66,13 @@ class CohortSum:
     def _read(self, block: BlockResult, weights: np.ndarray) -> list[Outcome]:
         updates = block.updates
         finite = trees.host(updates.finite)
-        columns = {name: trees.host(column).tolist() for name, column in updates.metrics.items()}
         self.total.count(int(finite.sum()), float(weights[finite].sum()))
-        outcomes = []
-        for index, (client, fine) in enumerate(zip(block.clients, finite.tolist(), strict=True)):
-            if fine:
-                values = [(name, column[index]) for name, column in columns.items()]
-                self._report(client, float(updates.weights[index]), values)
-            outcomes.append(self._ended(client, None if fine else _not_finite("update")))
-        return outcomes
+        fine = np.asarray(block.clients)[finite].tolist()
+        self.examples.update(zip(fine, updates.weights[finite].tolist(), strict=True))
+        for name, column in updates.metrics.items():
+            self.metrics.setdefault(name, {}).update(zip(fine, trees.host(column)[finite].tolist(), strict=True))
+        problems = [None if good else _not_finite("update") for good in finite.tolist()]
+        return [self._ended(client, problem) for client, problem in zip(block.clients, problems, strict=True)]
 
     def _report(self, client: int, examples: float, metrics: Iterable[tuple[str, float]]) -> None:
         self.examples[client] = examples

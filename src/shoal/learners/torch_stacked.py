@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shoal import trees
 from shoal.data import Dataset
-from shoal.learners.torch_blocks import BlockData, Part, schedule
+from shoal.learners.batches import draw_seed
+from shoal.learners.torch_blocks import BlockData, Part, Schedule, schedule
 from shoal.learners.torch_devices import computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, ObjectiveGradient
@@ -112,7 +113,7 @@ class StackedTrainer:
 
     def padding(self, examples: Sequence[int]) -> float:
         """Returns the share of a block's computed samples that are padding."""
-        plan = schedule([self._learner.batch_sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        plan = self._plan(examples)
         return 1 - float(plan.seen.sum()) / plan.work
 
     def fit(
@@ -153,11 +154,11 @@ class StackedTrainer:
             (data, rng), twin = clients[0], copy.deepcopy(clients[0][1])
             return _first(self._fit(broadcast, [(data, rng), (data, twin)], convolution))
         learner, device = self._learner, self._learner.device
-        seeds = [int(rng.integers(2**63)) for _, rng in clients]
+        seeds = [draw_seed(rng) for _, rng in clients]
         noisy = self._stacking.noisy
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if noisy else []
         examples = [len(data) for data, _ in clients]
-        plan = schedule([self._learner.batch_sizes(count) for count in examples], examples, pads=self._stacking.pads)
+        plan = self._plan(examples)
         batches = self._data.load(clients, plan)
         start = self._started(broadcast)
         layers = PerClient(convolution, self._pool, self._stacking.noise_format)
@@ -172,8 +173,7 @@ class StackedTrainer:
                 means = program.means(part, inputs, targets, masks)
                 total = means["loss"].sum() if total is None else total + means["loss"].sum()
                 for name, values in means.items():
-                    totals = values.detach().double().flatten() * part.examples(device)
-                    _add_part(sums, name, part, totals, len(clients))
+                    _add_part(sums, name, part, values.detach().flatten(), len(clients))
             if total is not None:
                 total.backward()  # type: ignore[no-untyped-call]
             program.step()
@@ -181,6 +181,11 @@ class StackedTrainer:
             program.keep(plan.ends.get(number, ()))
         seen = torch.as_tensor(plan.seen, device=device)
         return program.update(plan.examples, {name: total / seen for name, total in sums.items()})
+
+    def _plan(self, examples: Sequence[int]) -> Schedule:
+        """Returns the steps of a block whose clients have so many examples."""
+        sizes = {count: self._learner.batch_sizes(count) for count in set(examples)}
+        return schedule([sizes[count] for count in examples], examples, pads=self._stacking.pads)
 
     def _started(self, broadcast: Broadcast) -> _Start:
         """Returns what each client starts from, and loads what all clients share into the module, once a round."""
@@ -342,10 +347,12 @@ def _first(update: StackedUpdate) -> StackedUpdate:
     )
 
 
-def _add_part(sums: dict[str, Tensor], name: str, part: Part, values: Tensor, clients: int) -> None:
-    """Adds values of a part's clients to the sum over the steps, [clients]."""
+def _add_part(sums: dict[str, Tensor], name: str, part: Part, means: Tensor, clients: int) -> None:
+    """Adds the means of a part's clients, times their examples, to the sum over the steps, [clients]."""
+    if name not in sums:
+        sums[name] = torch.zeros(clients, dtype=torch.float64, device=means.device)
+    amounts = means.double() * part.examples(means.device)
     if part.rows is None:
-        sums[name] = sums[name] + values if name in sums else values
-        return
-    total = sums.setdefault(name, torch.zeros(clients, dtype=torch.float64, device=values.device))
-    total[torch.as_tensor(part.rows, device=total.device)] += values
+        sums[name] += amounts
+    else:
+        sums[name][torch.as_tensor(part.rows, device=means.device)] += amounts
