@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from shoal.data import Dataset
 from shoal.engines.base import ClientResult
 from shoal.engines.forking import LOOK, die_with, flush_output, fork, in_new_thread
-from shoal.engines.large_pages import use_large_pages
 from shoal.engines.messages import Message, channel, receive, send
 from shoal.engines.parcels import in_words, pack_result, unpack_broadcast, unpack_task
 from shoal.engines.sequential import attempt
@@ -30,10 +29,6 @@ LEAVE = 10.0
 
 MOST_TOLD = 4000
 """Characters of an error that fit into a message."""
-
-
-MANY = 50
-"""After so many children large pages pay: they cost as much as they spare in this many forks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +120,6 @@ class ForkServer:
         self._queue: deque[tuple[int, int]] = deque()
         self._outbox: deque[tuple[Message, int | None]] = deque()
         self._children: list[_Child] = []
-        self._born_so_far = 0
         self._woken, wakes = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # a handler there must be, for its byte to be written
         signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
@@ -280,9 +274,6 @@ class ForkServer:
             os.close(parcel)
 
     def _born(self) -> _Child:
-        self._born_so_far += 1
-        if self._born_so_far == MANY:
-            use_large_pages()
         ours, theirs = channel()
         server = os.getpid()
 

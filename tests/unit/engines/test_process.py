@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -117,10 +116,6 @@ def server(engine: ProcessEngine) -> int:
     return engine._link._pid
 
 
-def large_pages(pid: int) -> int:
-    return int(re.search(r"AnonHugePages: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text())[1])
-
-
 def errors(results):
     return {result.client: str(result.error) for result in results if result.error is not None}
 
@@ -162,15 +157,6 @@ def test_a_child_trains_as_many_clients_as_it_may_and_no_more_run_at_once_than_a
         spans = [(result.update.metrics["started"], result.update.metrics["ended"]) for result in found]
         at_once = [sum(start <= moment < end for start, end in spans) for moment, _ in spans]
         assert 1 < max(at_once) <= 3
-
-
-def test_after_many_children_nothing_changes_but_the_pages(monkeypatch):
-    monkeypatch.setattr("shoal.engines.fork_server.MANY", 3)
-    with opened(count=6) as (engine, start):
-        before = large_pages(server(engine))
-        first = [result.update.delta["w"].tobytes() for result in start()]
-        assert large_pages(server(engine)) >= before
-        assert [result.update.delta["w"].tobytes() for result in start()] == first
 
 
 def test_results_are_held_back_for_their_order_but_not_without_bound(tmp_path):
@@ -267,9 +253,9 @@ def test_processes_that_a_client_started_end_with_it():
 
 
 def test_what_a_child_prints_is_printed(capfd):
-    with opened(lambda client: print(f"of client {client}"), max_concurrent=1) as (_, start):
+    with opened(lambda client: print(f"of client {client}")) as (_, start):
         list(start())
-    assert capfd.readouterr().out.splitlines() == [f"of client {client}" for client in range(5)]
+    assert sorted(capfd.readouterr().out.splitlines()) == [f"of client {client}" for client in range(5)]
 
 
 def test_a_child_that_asks_for_input_gets_none():
