@@ -16,6 +16,7 @@
     └── StorageError (RuntimeError)         the run folder cannot be written (disk full, read-only)
 
     RunInterrupted (KeyboardInterrupt)      Ctrl-C or SIGTERM, after the state was saved
+    Terminated (KeyboardInterrupt)          SIGTERM, where it ends a run as Ctrl-C does
 """
 
 from __future__ import annotations
@@ -63,16 +64,7 @@ class ClientError(ShoalError, RuntimeError):
 
 
 class WorkerError(ShoalError, RuntimeError):
-    """Another worker of a distributed run failed or is gone.
-
-    Args:
-        message: Which one, and what is known of its end.
-        told_by_leader: Whether worker 0 told it to this one, and so has told the user as well.
-    """
-
-    def __init__(self, message: str, *, told_by_leader: bool = False) -> None:
-        super().__init__(message)
-        self.told_by_leader = told_by_leader
+    """Another worker of a distributed run failed or is gone; the message says which, a note holds its traceback."""
 
 
 class EngineError(ShoalError, RuntimeError):
@@ -97,6 +89,15 @@ class RunInterrupted(KeyboardInterrupt):
     Args:
         message: What happened and how to go on, in one line.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: it ends a run as Ctrl-C does, with its state saved."""
+
+
+def by_sigterm(interrupt: BaseException) -> bool:
+    """Tells whether an interruption, or what it was made of, came by SIGTERM."""
+    return isinstance(interrupt, Terminated) or isinstance(interrupt.__cause__, Terminated)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ConfigurationError:

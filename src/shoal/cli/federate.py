@@ -58,12 +58,12 @@ def federate(
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
-    if max_restarts and run_dir is None:
-        raise ConfigurationError("--max-restarts goes on from a run's folder: name it with --run-dir")
-    launch_if_asked(workers, max_restarts=max_restarts)
     options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
     options |= {"engine": engine, "engine.max_concurrent": max_concurrent, "seed": seed, "data_dir": data_dir}
     with among_workers():
+        if max_restarts and run_dir is None:
+            raise ConfigurationError("--max-restarts goes on from a run's folder: name it with --run-dir")
+        launch_if_asked(workers, max_restarts=max_restarts)
         _run(experiment, options, settings or [], device=device, precision=precision, run_dir=run_dir, resume=resume)
 
 

@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 
 import typer
 
-from shoal.cli.exits import FAILED, INTERRUPTED, TERMINATED, Terminated, exit_code
-from shoal.errors import ConfigurationError, WorkerError
+from shoal.cli.exits import FAILED, exit_code
+from shoal.errors import ConfigurationError, Terminated
 
 LAUNCHER = "SHOAL_LAUNCHER"
 """Set in the environment of the processes that :func:`launch` starts."""
 
-GRACE = 20.0
-"""Seconds that the other workers have to notice that one has failed, to save their state and to say so."""
+GRACE = 8.0
+"""Seconds that the other workers have to notice that one has ended, to save their state and to say so."""
 
 STOP = 60.0
-"""Seconds that the workers have to save their state after Ctrl-C or SIGTERM."""
+"""Seconds that they have to do so after Ctrl-C or SIGTERM."""
 
-KILL = 5.0
+KILL = 4.0
 """Seconds from SIGTERM to SIGKILL."""
 
 
@@ -39,16 +39,17 @@ def launch_if_asked(workers: int | None, *, max_restarts: int = 0) -> None:
     Raises:
         ConfigurationError: The number cannot be, or another launcher has started workers already.
     """
-    if LAUNCHER in os.environ:
+    if LAUNCHER in os.environ or (workers is None and not max_restarts):
         return
+    if "RANK" in os.environ:
+        raise ConfigurationError(
+            "a launcher such as torchrun has started the workers already: leave --workers out, "
+            "and give --max-restarts to the launcher"
+        )
     if workers is None:
-        if max_restarts and "TORCHELASTIC_RESTART_COUNT" not in os.environ:
-            raise ConfigurationError("--max-restarts starts failed workers again: say how many with --workers")
-        return
+        raise ConfigurationError("--max-restarts starts failed workers again: say how many with --workers")
     if workers < 1 or max_restarts < 0:
         raise ConfigurationError(f"--workers must be ≥ 1 and --max-restarts ≥ 0, not {workers} and {max_restarts}")
-    if "RANK" in os.environ:
-        raise ConfigurationError("a launcher such as torchrun has started the workers already: leave --workers out")
     raise typer.Exit(launch(workers, sys.argv[1:], max_restarts=max_restarts))
 
 
@@ -82,82 +83,88 @@ class _Launch:
             LAUNCHER: str(os.getpid()),
         }
         command = [sys.executable, "-m", "shoal", *arguments]
-        # In groups of their own: Ctrl-C comes to this process alone, which passes it on once and to worker 0 alone.
+        # In groups of their own: Ctrl-C comes to this process alone, and what they start can be ended with them.
         self._processes = [
             subprocess.Popen(
                 command, env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, process_group=0
             )
             for rank in range(workers)
         ]
-        self._deadline: float | None = None
+        self._asked = False
+        """Whether they have been asked to end."""
+        self._killed: set[int] = set()
+        """Those that did not."""
 
     def wait(self) -> int:
         """Waits until all workers have ended; returns the exit code of the command."""
-        while True:
-            try:
-                return self._wait()
-            except KeyboardInterrupt as interrupt:
-                if self._deadline is not None:
-                    self._end(signal.SIGTERM)
-                    return _interrupted(interrupt)
-                # Worker 0 saves the state and tells the others.
-                self._signal(0, signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT)
-                self._deadline = time.monotonic() + STOP
-
-    def _wait(self) -> int:
-        while any(process.poll() is None for process in self._processes):
-            time.sleep(0.05)
-            if self._deadline is None and any(process.poll() for process in self._processes):
-                self._deadline = time.monotonic() + GRACE
-            if self._deadline is not None and time.monotonic() > self._deadline:
-                self._end(signal.SIGTERM)
+        try:
+            while self._running() and not self._code():
+                time.sleep(0.05)
+            self._wait(GRACE)
+            self._end(KILL)
+        except KeyboardInterrupt as interrupt:
+            with contextlib.suppress(KeyboardInterrupt):  # another one means: at once
+                self._end(STOP)
+            self._kill()
+            return self._verdict() and exit_code(interrupt)
         return self._verdict()
 
+    def _running(self) -> list[int]:
+        return [rank for rank, process in enumerate(self._processes) if process.poll() is None]
+
+    def _code(self) -> int:
+        """Returns the first exit code that is not 0."""
+        return next((process.returncode for process in self._processes if process.returncode), 0)
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._running() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _end(self, seconds: float) -> None:
+        """Ends those that are still there: worker 0 saves the state, if they are given the time."""
+        for rank in self._running():
+            self._asked = True
+            self._processes[rank].terminate()
+        self._wait(seconds)
+        self._kill()
+
+    def _kill(self) -> None:
+        for rank in self._running():
+            self._killed.add(rank)
+            self._processes[rank].kill()
+            self._processes[rank].wait()
+
     def _verdict(self) -> int:
-        """Names the workers that a signal ended, and returns the first exit code that is not 0."""
-        codes = [process.returncode for process in self._processes]
-        for rank, (code, process) in enumerate(zip(codes, self._processes, strict=True)):
-            if code < 0 and code != -signal.SIGTERM:
+        """Says which workers a signal has ended, ends what they have left behind, and returns the exit code."""
+        for rank, process in enumerate(self._processes):
+            code = process.returncode
+            if code >= 0:
+                continue
+            if rank in self._killed:
+                _say(f"worker {rank} (process {process.pid}) did not end and was killed")
+            elif not (self._asked and code == -signal.SIGTERM):
                 _say(f"worker {rank} (process {process.pid}) was ended by {signal.Signals(-code).name}")
-        code = next((code for code in codes if code), 0)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        code = self._code()
         return FAILED if code < 0 else code
-
-    def _end(self, number: signal.Signals) -> None:
-        for rank in range(len(self._processes)):
-            self._signal(rank, number)
-        deadline = time.monotonic() + KILL
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0.01))
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
-    def _signal(self, rank: int, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._processes[rank].send_signal(number)
 
 
 @contextlib.contextmanager
 def among_workers() -> Iterator[None]:
-    """Joins the other workers, if there are any, for what a command does; of an error only one of them speaks.
-
-    Worker 0 tells the user what ends the run, its own errors and the others'. Another worker speaks only if worker 0
-    cannot be told any more.
-    """
+    """Joins the other workers, if there are any, for what a command does; of an error only one of them speaks."""
     from shoal.engines import Workers, launched_workers
 
     if not launched_workers():
         yield
         return
     _end_with_launcher()
-    workers = Workers.join()
     try:
-        with workers:
+        with Workers.join():
             yield
     except (Exception, KeyboardInterrupt) as error:
-        known = workers.told or (isinstance(error, WorkerError) and error.told_by_leader)
-        if workers.leads or not known:
+        if Workers.here().speaks:
             raise
         raise typer.Exit(exit_code(error)) from error
 
@@ -181,10 +188,6 @@ def _free_port() -> int:
 
 def _threads(workers: int) -> int:
     return max(len(os.sched_getaffinity(0)) // workers, 1)
-
-
-def _interrupted(interrupt: KeyboardInterrupt) -> int:
-    return TERMINATED if isinstance(interrupt, Terminated) else INTERRUPTED
 
 
 def _say(text: str) -> None:

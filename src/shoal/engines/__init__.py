@@ -1,8 +1,10 @@
 """Where a cohort runs."""
 
+from shoal.engines.accounts import one_line
 from shoal.engines.base import BlockResult, ClientResult, ClientTask, Engine, Result
 from shoal.engines.choice import ENGINES, choose_engine
 from shoal.engines.cohort import CohortSum, Outcome
+from shoal.engines.control import ALARM
 from shoal.engines.distributed import DistributedEngine
 from shoal.engines.process import ProcessEngine
 from shoal.engines.sequential import SequentialEngine
@@ -10,6 +12,7 @@ from shoal.engines.vectorized import VectorizedEngine
 from shoal.engines.workers import Workers, launched_workers, restarted
 
 __all__ = [
+    "ALARM",
     "ENGINES",
     "BlockResult",
     "ClientResult",
@@ -25,5 +28,6 @@ __all__ = [
     "Workers",
     "choose_engine",
     "launched_workers",
+    "one_line",
     "restarted",
 ]

@@ -43,19 +43,20 @@ class DistributedEngine:
             ConfigurationError: The inner engine cannot run here.
             WorkerError: The others do not come.
         """
-        # The inner engine first, because it may fork, which is best done without connections.
+        workers = Workers.join()
+        # The inner engine before the connections for sums, which touch CUDA: what it forks then may use that too.
         self._engine, line = choose_local(self.inner, learner, clients)
         try:
-            self._workers = Workers.join()
+            workers.connect()
         except BaseException:
             self.close()
             raise
-        count = self._workers.count
+        self._workers, count = workers, workers.count
         self._estimate = CostEstimate(count)
         self._costs = self._estimate.costs()
         self._began, self._share = 0.0, Share(clients=0, examples=0, seconds=0.0)
-        workers = "1 worker" if count == 1 else f"{count} workers"
-        self.choice = f"engine distributed: {workers}, each with {line}"
+        how_many = "1 worker" if count == 1 else f"{count} workers"
+        self.choice = f"engine distributed: {how_many}, each with {line}"
 
     @property
     def local(self) -> Engine:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from shoal.engines.accounts import client_error, told
 from shoal.engines.cohort import CohortSum, Outcome
-from shoal.errors import ClientError
 
 Summation = Callable[[Sequence[Any], Sequence[float]], list[float]]
 """Replaces arrays in place, and numbers, by their sums over the workers; returns those of the numbers."""
@@ -20,7 +20,7 @@ Summary = dict[str, Any]
 def summary(summed: CohortSum) -> Summary:
     """Returns what the others must know of a worker's sum before the sums can be added."""
     return {
-        "metrics": sorted(summed.metrics),
+        "metrics": list(summed.metrics),
         "extras": {
             name: {leaf: list(array.shape) for leaf, array in tree.items()}
             for name, tree in summed.total.extras.items()
@@ -31,14 +31,14 @@ def summary(summed: CohortSum) -> Summary:
 
 def merged(summaries: Iterable[Summary]) -> Summary:
     """Returns what the summaries of all workers say together."""
-    metrics: set[str] = set()
+    metrics: dict[str, None] = {}
     extras: dict[str, Any] = {}
     failures: dict[str, Any] = {}
     for one in summaries:
-        metrics.update(one["metrics"])
+        metrics |= dict.fromkeys(one["metrics"])
         extras |= one["extras"]
         failures |= one["failures"]
-    return {"metrics": sorted(metrics), "extras": dict(sorted(extras.items())), "failures": failures}
+    return {"metrics": list(metrics), "extras": dict(sorted(extras.items())), "failures": failures}
 
 
 def merge(summed: CohortSum, together: Summary, cohort: Sequence[int], add_up: Summation) -> list[Outcome]:
@@ -62,26 +62,11 @@ def merge(summed: CohortSum, together: Summary, cohort: Sequence[int], add_up: S
     numbers = add_up(total.arrays(), [total.clients, total.weight, *table.reshape(-1).tolist()])
     total.clients, total.weight = round(numbers[0]), numbers[1]
     _read(summed, np.array(numbers[2:]).reshape(table.shape), together["metrics"], cohort)
-    for client, (text, trace) in together["failures"].items():
+    for client, account in together["failures"].items():
         if int(client) not in own:
-            summed.failures[int(client)] = heard(text, trace)
+            summed.failures[int(client)] = client_error(account)
     others = (client for client in cohort if client not in own)
     return [(client, summed.failures.get(client)) for client in others]
-
-
-def told(error: BaseException) -> tuple[str, str]:
-    """Returns an exception as text: one line, and its traceback."""
-    from traceback import format_exception
-
-    kind = "" if type(error) is ClientError else f"{type(error).__name__}: "
-    return f"{kind}{error}", "".join(format_exception(error))
-
-
-def heard(text: str, trace: str) -> ClientError:
-    """Returns another worker's exception, with its traceback as a note."""
-    error = ClientError(text)
-    error.add_note(trace)
-    return error
 
 
 def _table(summed: CohortSum, metrics: Sequence[str], cohort: Sequence[int]) -> np.ndarray:

@@ -9,21 +9,27 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Self
 
 from shoal import trees
 from shoal.description import differences
-from shoal.engines.control import PASSWORD, Control, Message, Reception, call_on
+from shoal.engines.accounts import told
+from shoal.engines.control import SILENCE, Control, Message, is_loopback
+from shoal.engines.reception import Reception, call_on, introduction
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.types import Array
+
+if TYPE_CHECKING:
+    from shoal.engines.torch_group import TorchGroup
 
 JOIN = 300.0
 """Seconds in which all workers must have come."""
 
-LEAVE = 10.0
+LEAVE = 5.0
 """Seconds that the leader waits at the end for the others to close their connections."""
+
+NEWS = 0.5
+"""Seconds in which the end of another worker may show as the reason for a signal to this one."""
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher sets in the environment of each worker."""
@@ -42,21 +48,23 @@ def restarted() -> bool:
 class Workers:
     """All workers, as one of them sees them. Worker 0 leads: it decides when a round begins, and speaks and stores.
 
-    Use :meth:`join`. As a context it tells the others of whatever ends this worker's part.
+    Use :meth:`join`. As a context it tells the others of whatever ends this worker's part, and raises what ends
+    theirs, wherever this one is.
 
     Args:
         rank: Which worker this is.
         count: How many there are.
-        control: The connections with the others; None for a worker alone.
     """
 
-    def __init__(self, rank: int, count: int, control: Control | None) -> None:
+    def __init__(self, rank: int = 0, count: int = 1) -> None:
         self.rank = rank
         self.count = count
-        self.told = False
-        """Whether the others know of this worker's end."""
-        self._control = control
-        self._watched = 0.0
+        self.speaks = rank == 0
+        """Whether it is this worker that tells the user of an error: the leader, or another if that cannot."""
+        self._ended = False
+        self._control: Control | None = None
+        self._store: Any = None
+        self._group: TorchGroup | None = None
 
     @classmethod
     def join(cls) -> Workers:
@@ -66,18 +74,43 @@ class Workers:
             WorkerError: Not all have come within :data:`JOIN` seconds, or they have parted after an error.
         """
         if not launched_workers():
-            return cls(0, 1, None)
-        if not _here:
-            _here.append(_meet(time.monotonic() + JOIN))
-            atexit.register(_here[0].leave)
-        if _here[0].told:
+            return cls()
+        workers = cls.here()
+        if workers._ended:  # noqa: SLF001 - its own
             raise WorkerError("the workers have parted after an error: start them again")
+        if workers._control is None:  # noqa: SLF001
+            atexit.register(workers.leave)
+            workers._meet(time.monotonic() + JOIN)  # noqa: SLF001
+        return workers
+
+    @classmethod
+    def here(cls) -> Workers:
+        """Returns this process among the workers that a launcher has started, whether or not it has met them."""
+        if not _here:
+            _here.append(cls(int(os.environ["RANK"]), launched_workers()))
         return _here[0]
 
     @property
     def leads(self) -> bool:
         """Whether this is worker 0."""
         return self.rank == 0
+
+    def connect(self) -> None:
+        """Joins the workers for sums, once in a process; all come here at the same time.
+
+        Raises:
+            WorkerError: They cannot reach each other; :meth:`gather` says what else.
+        """
+        if self._control is None or self._group is not None:
+            return
+        from shoal.engines.torch_group import TorchGroup, interface_of
+
+        own = self._control.address()
+        self.gather("ready", True)
+        everywhere = self.from_leader("address", own)
+        # Where the leader meets others over a network, this machine's loopback interface leads to none of them.
+        interface = interface_of(own) if is_loopback(own) <= is_loopback(everywhere) else None
+        self._group = TorchGroup(self._store, self.rank, self.count, interface=interface, watch=self._control.watch)
 
     def agree(self, facts: Mapping[str, Any], device: str) -> None:
         """Makes sure that the workers are about to do the same.
@@ -87,8 +120,7 @@ class Workers:
             device: Where this worker's model is; no two may share one of a machine's CUDA devices.
 
         Raises:
-            ConfigurationError: They are not; on the leader.
-            WorkerError: They are not; on the others.
+            ConfigurationError: They are not.
         """
         own = {"facts": dict(facts), "device": device, "host": socket.gethostname(), "rank": self.rank}
         others = self.gather("about", own)
@@ -101,6 +133,7 @@ class Workers:
 
         Raises:
             WorkerError: A worker failed or is gone.
+            ConfigurationError: One cannot do what was asked for.
             KeyboardInterrupt: One was interrupted.
         """
         if self._control is None:
@@ -115,6 +148,7 @@ class Workers:
         if self._control is None:
             return content
         if self.leads:
+            self._control.watch()
             self._control.tell({kind: content})
             return content
         return self._control.gather(kind)[0]
@@ -124,83 +158,92 @@ class Workers:
 
         All workers must have come to this point; :meth:`gather` says what is raised.
         """
-        if self._control is None:
-            return list(numbers)
-        from shoal.engines.torch_group import add_up
-
-        return add_up(arrays, numbers, self._control.watch)
+        return list(numbers) if self._group is None else self._group.add_up(arrays, numbers)
 
     def copy_leader(self, tree: Mapping[str, Array]) -> dict[str, Array]:
         """Returns a tree with the leader's numbers, bit for bit; names, shapes and dtypes are everywhere the same."""
         copied = trees.copy(tree)
-        if self._control is not None and copied:
-            from shoal.engines.torch_group import copy_from_leader
-
-            copy_from_leader([copied[name] for name in sorted(copied)], self._control.watch)
+        if self._group is not None and copied:
+            self._group.copy_from_leader([copied[name] for name in sorted(copied)])
         return copied
 
     def watch(self) -> None:
-        """Looks whether all workers are alive, at most once a second; :meth:`gather` says what is raised."""
-        now = time.monotonic()
-        if self._control is not None and now - self._watched > 1.0:
-            self._watched = now
+        """Looks whether all workers are alive; :meth:`gather` says what is raised."""
+        if self._control is not None:
             self._control.watch()
+
+    def part(self) -> None:
+        """Lets the workers go their own ways, once all have what they need of each other: an end ends them no more."""
+        self.from_leader("parted", True)
+        if self._control is not None:
+            self._control.disarm()
 
     def leave(self) -> None:
         """Ends the connections with the others, who should have come to their end too."""
         if self._control is None:
             return
-        from shoal.engines.torch_group import leave
-
-        if self.leads and not self.told:
+        if self.leads:
             self._control.wait_for_all_to_leave(LEAVE)
         self._control.close()
         self._control = None
-        leave()
+        if self._group is not None:
+            self._group.leave()
+            self._group = None
 
     def __enter__(self) -> Self:
+        if self._control is not None:
+            self._control.arm()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None and self._control is not None and not self.told:
-            self.told = self._control.try_to_tell({"ended": _account(error, leader=self.leads)})
+        if self._control is None:
+            return
+        self._control.disarm()
+        if error is None or self._ended:
+            return
+        cause = self._end(self._control, error)
+        if cause is not error:
+            raise cause from error
+
+    def _end(self, control: Control, error: BaseException) -> BaseException:
+        """Tells the others of what ends this worker's part; returns the cause, which may be the end of another."""
+        self._ended = True
+        cause = control.cause(error, NEWS)
+        control.tell({"ended": told(cause)})
+        if not self.leads:
+            # The leader, once it has saved its state, tells everybody of the end, and then it tells the user too.
+            control.wait_for_an_end(SILENCE)
+            self.speaks = control.told_by is None and (cause is not control.end or self._is_first_here())
+        return cause
+
+    def _is_first_here(self) -> bool:
+        """Tells whether this is the first worker of its machine beside the leader."""
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        return local == (1 if local == self.rank else 0)
+
+    def _meet(self, deadline: float) -> None:
+        """Connects the leader with the others, over a port and with a password that it tells in a store."""
+        from shoal.engines.torch_group import meeting_place, told_in
+
+        try:
+            self._store = meeting_place(self.rank, deadline)
+            if not self.leads:
+                where = json.loads(told_in(self._store, "reception", deadline))
+                self._control = call_on(where, os.environ["MASTER_ADDR"], self.rank, deadline)
+                return
+            self._control = Control()
+            with self, Reception(os.environ["MASTER_ADDR"], self.count - 1) as reception:
+                where = {"port": reception.port, "password": reception.password, **introduction()}
+                self._store.set("reception", json.dumps(where))
+                reception.receive(self._control, deadline)
+        except BaseException as error:
+            self._ended = True
+            self.speaks = self.leads or (isinstance(error, Exception) and self._is_first_here())
+            raise
 
 
 _here: list[Workers] = []
-"""This process among the others, once it has joined them."""
-
-
-def _meet(deadline: float) -> Workers:
-    """Connects the leader with the others, over a port and with a password that it tells through the joined group."""
-    from shoal.engines.torch_group import copy_from_leader, join
-
-    def hurry() -> None:
-        if time.monotonic() > deadline:
-            raise WorkerError(f"the workers did not meet within {JOIN:.0f} seconds")
-
-    join(deadline)
-    rank, count, host = int(os.environ["RANK"]), launched_workers(), os.environ["MASTER_ADDR"]
-    where = np.zeros(2 + PASSWORD, dtype=np.uint8)
-    if rank != 0:
-        copy_from_leader([where], hurry)
-        port, password = int.from_bytes(where[:2].tobytes(), "big"), where[2:].tobytes().decode()
-        return Workers(rank, count, call_on(host, port, password, rank, deadline))
-    with Reception(host, count - 1) as reception:
-        where[:] = np.frombuffer(reception.port.to_bytes(2, "big") + reception.password.encode(), dtype=np.uint8)
-        copy_from_leader([where], hurry)
-        return Workers(rank, count, reception.receive(deadline))
-
-
-def _account(error: BaseException, *, leader: bool) -> Message:
-    """Returns what the others are told of an exception."""
-    from traceback import format_exception
-
-    return {
-        "error": f"{type(error).__name__}: {error}",
-        "traceback": "" if isinstance(error, ConfigurationError) else "".join(format_exception(error)),
-        "interrupted": isinstance(error, KeyboardInterrupt),
-        "leader": leader,
-    }
+"""This process among the others: one, or none yet."""
 
 
 def _disagreement(every: Sequence[Message]) -> str | None:

@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from shoal.engines import ALARM
+
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block has ended, so that what it writes belongs together.
+    """Holds SIGINT, SIGTERM and the workers' alarm back until the block has ended: what it writes belongs together.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
     """
@@ -20,7 +22,7 @@ def deferred_interrupts() -> Iterator[None]:
         yield
         return
     pending: list[tuple[int, FrameType | None]] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, ALARM)}
     for number in before:
         signal.signal(number, lambda signum, frame: pending.append((signum, frame)))
     try:

@@ -56,7 +56,8 @@ class FederationLoop:
         except StorageError:
             raise
         except Exception:
-            self._storage.save(self._run)  # rounds since the last checkpoint need not be run again
+            with deferred_interrupts():
+                self._storage.save(self._run)  # rounds since the last checkpoint need not be run again
             raise
         finally:
             for callback in self._callbacks:

@@ -49,6 +49,11 @@ class Plan:
         """The engine, where it shares the cohorts with other processes."""
         return self.engine if isinstance(self.engine, DistributedEngine) else None
 
+    @property
+    def leads(self) -> bool:
+        """Whether this process decides when a round begins, and stores and speaks."""
+        return self.team is None or self.team.workers.leads
+
 
 def prepare(experiment: Experiment) -> Plan:
     """Checks an experiment against its data and makes what its rounds need; the plan's engine is open.

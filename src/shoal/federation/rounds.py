@@ -8,7 +8,7 @@ from typing import Any
 
 from shoal import trees
 from shoal.algorithms import ServerState
-from shoal.engines import CohortSum, Outcome
+from shoal.engines import CohortSum, Outcome, one_line
 from shoal.errors import ClientError, NonFiniteError
 from shoal.federation.callbacks import Callback
 from shoal.federation.cohorts import sample_cohort
@@ -78,12 +78,13 @@ class _Ends:
     def _tolerate(self, client: int, error: Exception) -> None:
         """Warns of a failed client, or raises if it is one too many."""
         name = self._plan.shards.population.name(client)
-        what = f"{name} failed in round {self._number}: {type(error).__name__}: {error}"
+        what = f"{name} failed in round {self._number}: {one_line(error)}"
         allowed = self._plan.experiment.max_failures
         if self._failures > allowed:
             limit = f"{allowed} failures a round are allowed" if allowed else "no failure is allowed"
             raise ClientError(f"{what} ({limit}; max_failures sets how many)") from error
-        logger.warning("%s; left out of the round (%d of at most %d)", what, self._failures, allowed)
+        if self._plan.leads:
+            logger.warning("%s; left out of the round (%d of at most %d)", what, self._failures, allowed)
 
 
 def _training(summed: CohortSum) -> ClientMetrics:

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 from shoal import trees
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
-from shoal.engines import Engine
+from shoal.engines import Engine, Workers
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
 from shoal.federation.loop import FederationLoop
@@ -101,14 +101,13 @@ def run_experiment(
     Where a launcher such as torchrun has started several workers, all call this function with the same arguments. They
     share the cohorts; worker 0 alone measures, writes the folder and tells the callbacks.
     """
-    plan = prepare(experiment)
-    with contextlib.closing(plan.engine):
-        if plan.team is None:
-            return _run(plan, run_dir, resume=resume, callbacks=callbacks)
-        with plan.team.workers as workers:
-            agree(plan, plan.team)
-            if not workers.leads:
-                return follow(plan, plan.team)
+    with Workers.join():
+        plan = prepare(experiment)
+        with contextlib.closing(plan.engine):
+            if plan.team is not None:
+                agree(plan, plan.team)
+                if not plan.leads:
+                    return follow(plan, plan.team)
             return _run(plan, run_dir, resume=resume, callbacks=callbacks)
 
 

@@ -21,8 +21,7 @@ def agree(plan: Plan, team: DistributedEngine) -> None:
     """Makes sure that all workers are about to run the same experiment, each on a device of its own.
 
     Raises:
-        ConfigurationError: They are not; on worker 0.
-        WorkerError: They are not; on the others.
+        ConfigurationError: They are not.
     """
     devices = {str(array.device) for array in plan.start.model.params.values()}
     facts = {"shoal": __version__, "engine": team.choice, "configuration": plan.identity}
@@ -41,6 +40,7 @@ def send_end(team: DistributedEngine, run: RunState, history: Sequence[Mapping[s
     team.finish({"stopped": reason, "best": best, "history": [dict(record) for record in history]})
     if run.best is not None:
         team.workers.copy_leader(run.model.merged())
+    team.workers.part()
 
 
 def follow(plan: Plan, team: DistributedEngine) -> FederationResult:
@@ -62,6 +62,7 @@ def follow(plan: Plan, team: DistributedEngine) -> FederationResult:
     learner, model = plan.experiment.learner, state.model
     if end["best"]:
         model = _with_arrays(model, team.workers.copy_leader(model.merged()))
+    team.workers.part()
     return FederationResult(
         params=learner.state_dict(model),
         last_params=learner.state_dict(state.model),
