@@ -247,7 +247,9 @@ class Control:
         return next((address for address in own if not is_loopback(address)), "127.0.0.1")
 
     def close(self) -> None:
-        """Ends all connections."""
+        """Ends all connections; without effect where that is done."""
+        if self._closing:
+            return
         self._closing = True
         self._waker.send(b".")
         self._thread.join(SILENCE)
@@ -271,7 +273,7 @@ class Control:
         """Is the thread: exchanges what there is, and judges who is alive."""
         looked = beaten = time.monotonic()
         while not self._closing:
-            self._exchange(0.5)
+            self._exchange(BEAT / 4)
             now = time.monotonic()
             with self._changed:
                 if now - looked > 2 * BEAT:  # this process was suspended, and the others perhaps with it
