@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import shoal
 from shoal.data import ArrayDataset
@@ -43,7 +42,7 @@ def experiment(pause: float = 0.0, failing: int = 0, differs: str = ""):
         failing: How many clients fail.
         differs: What worker 1 has otherwise.
     """
-    global rest, broken  # noqa: PLW0603
+    global rest, broken
     torch.set_num_threads(1)
     rest, broken = pause, np.cumsum((0, *SIZES))[:failing].tolist()
     one = os.environ.get("RANK") == "1"

@@ -112,13 +112,13 @@ def become(request):
 
 def main():
     """Is the nursery; in a child it returns what that is to run."""
-    import support  # noqa: F401 - for the children
     import torch._dynamo  # what the first step of an optimizer imports
     import torch.distributed  # noqa: F401
 
     import shoal.cli.main
     import shoal.engines.torch_group
     import shoal.experiments  # noqa: F401
+    import support  # noqa: F401 - for the children
 
     children = {}
     for line in sys.stdin:

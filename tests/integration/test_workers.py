@@ -30,7 +30,9 @@ def nursery():
 class Launch:
     """Workers as a launcher starts them."""
 
-    def __init__(self, nursery, folder, arguments=(), *, workers=2, fault=None, run="federations:command", settings=None, first=0):
+    def __init__(
+        self, nursery, folder, arguments=(), *, workers=2, fault=None, run="federations:command", settings=None, first=0
+    ):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         environment = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1"}

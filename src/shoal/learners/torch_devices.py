@@ -11,6 +11,9 @@ import torch
 from shoal.devices import Devices, Precision
 from shoal.errors import ConfigurationError
 
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What products are computed in."""
+
 
 def resolve(devices: Devices) -> torch.device:
     """Returns the one device that ``devices`` means here.
@@ -72,7 +75,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
     """Returns the context in which a forward pass and its loss are computed in a precision."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+    return torch.autocast(device.type, DTYPES[precision])
 
 
 @contextmanager

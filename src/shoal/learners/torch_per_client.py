@@ -90,7 +90,7 @@ class PerClient(TorchFunctionMode):
         return on_block(drop, lambda x: F.dropout(x, p), input)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return on_block(partial(_stacked_linear, self._pool), F.linear, input, weight, bias)
+        return on_block(partial(_stacked_linear, self._pool), F.linear, *_in_precision(input, weight, bias))
 
     def _attention(
         self,
@@ -137,6 +137,15 @@ def _transparent(function: Any) -> Callable[..., Any]:
 
 
 _multi_head_attention = _transparent(F.multi_head_attention_forward)
+
+
+def _in_precision(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Returns the operands as autocast would, for which a rule's own matrix products come too late."""
+    kind = next(operand.device.type for operand in operands if operand is not None)
+    if not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x is not None and x.dtype == torch.float32 else x for x in operands)
 
 
 def _stacked_linear(

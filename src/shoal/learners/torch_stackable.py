@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shoal import trees
 from shoal.data import Dataset
 from shoal.errors import CannotStackError
-from shoal.learners.torch_devices import computing, free_memory
+from shoal.learners.torch_devices import DTYPES, computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, seeded
 from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
@@ -135,8 +135,8 @@ class _Trial:
         self.module.zero_grad(set_to_none=True)
         with seeded(device, SEEDS[client]):
             noise = _noise_state(device)
-            with torch.autograd.graph.saved_tensors_hooks(self._weigh, lambda tensor: tensor):
-                self.activations = 0
+            self.activations = 0
+            with torch.autograd.graph.saved_tensors_hooks(self._weigh, lambda tensor: tensor), self.learner.autocast():
                 loss = self.learner.loss(self.output(self.inputs[client]), self.targets[client])
             loss.backward()  # type: ignore[no-untyped-call]
             self.noisy = not torch.equal(noise, _noise_state(device))
@@ -189,7 +189,7 @@ def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="There is a performance drop")  # torch would loop over clients
             found = trial.together(stacking, copies=1)
-        difference = _difference(list(learner.resident.params), expected, found)
+        difference = _difference(learner, expected, found)
         if difference is None:
             return replace(stacking, repeatable=_is_repeatable(trial, stacking, found))
     raise CannotStackError(f"as one program its gradient would differ: {difference}")
@@ -210,9 +210,10 @@ def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | N
 
 
 def _difference(
-    names: Sequence[str], expected: Sequence[Sequence[Tensor | None]], found: Sequence[Tensor | None]
+    learner: TorchLearner, expected: Sequence[Sequence[Tensor | None]], found: Sequence[Tensor | None]
 ) -> str | None:
     """Says which gradient is another one; None where all agree up to rounding."""
+    names = list(learner.resident.params)
     for client, gradients in enumerate(expected):
         there = [gradient for gradient in gradients if gradient is not None]
         largest = max((float(gradient.abs().max()) for gradient in there if gradient.numel()), default=0.0)
@@ -222,7 +223,7 @@ def _difference(
             if alone is None or stacked is None or not alone.numel():
                 continue
             off = float((stacked[client] - alone).abs().max())
-            if not off <= largest * _tolerance(alone):  # also for NaN
+            if not off <= largest * _tolerance(learner, alone):  # also for NaN
                 return f"{name} by {off:.1e} of {largest:.1e}"
     return None
 
@@ -235,15 +236,17 @@ def _pads(trial: _Trial) -> bool:
     targets = trial.targets.flatten(0, 1)
     if not targets.is_floating_point() and bool((targets < 0).any()):
         return False  # a label that the loss leaves out
-    with torch.no_grad():
+    learner = trial.learner
+    with torch.no_grad(), learner.autocast():
         outputs = [trial.output(inputs) for inputs in trial.inputs]
         if not all(isinstance(output, Tensor) and output.shape[:1] == (samples,) for output in outputs):
             return False
         mixed = trial.output(torch.cat([trial.inputs[0, :1], trial.inputs[1, 1:]]))
-        if not torch.allclose(mixed[0], outputs[0][0], rtol=_tolerance(mixed), atol=_tolerance(mixed)):
+        close = _tolerance(learner, mixed)
+        if not torch.allclose(mixed[0], outputs[0][0], rtol=close, atol=close):
             return False
         tried = _shifted(torch.cat(outputs), classes=not targets.is_floating_point())
-        return all(_are_plain_means(trial.learner, shifted, targets) for shifted in tried)
+        return all(_are_plain_means(learner, shifted, targets) for shifted in tried)
 
 
 def _are_plain_means(learner: TorchLearner, outputs: Tensor, targets: Tensor) -> bool:
@@ -255,7 +258,7 @@ def _are_plain_means(learner: TorchLearner, outputs: Tensor, targets: Tensor) ->
         return False
     return all(
         values.shape == targets.shape[:1]
-        and torch.allclose(together[name], values.mean(), rtol=_tolerance(values), atol=0)
+        and torch.allclose(together[name], values.mean(), rtol=_tolerance(learner, values), atol=0)
         for name, values in apart.items()
     )
 
@@ -270,8 +273,11 @@ def _shifted(outputs: Tensor, *, classes: bool) -> Iterator[Tensor]:
         yield outputs.roll([shift] * len(axes), axes)
 
 
-def _tolerance(array: Tensor) -> float:
-    return float(torch.finfo(array.dtype).eps ** 0.5)
+def _tolerance(learner: TorchLearner, array: Tensor) -> float:
+    """Returns the relative difference that rounding may make: half of the digits of the coarsest arithmetic."""
+    precision = learner.devices.precision
+    dtypes = [array.dtype] if precision == "fp32" else [array.dtype, DTYPES[precision]]
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 def _reason(error: Exception) -> str:

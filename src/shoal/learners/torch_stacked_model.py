@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from shoal.learners.torch_model import BorrowedModule
@@ -43,7 +44,7 @@ class StackedModel:
         """
 
         def one(x: Tensor, y: Tensor, mask: Tensor | None, *arrays: Tensor) -> dict[str, Tensor]:
-            with self._layers:
+            with self._learner.autocast(), self._layers:
                 output = self._borrowed.call(dict(zip(state, arrays, strict=True)), self._learner.transformed(x))
                 if mask is None:
                     return batch_means(self._learner, output, y)
@@ -61,4 +62,6 @@ def batch_means(learner: TorchLearner, output: Any, targets: Tensor) -> dict[str
 
 def sample_values(learner: TorchLearner, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """Returns what :func:`batch_means` gives for each sample by itself, [n] each."""
-    return for_each_client(lambda o, t: batch_means(learner, o.unsqueeze(0), t.unsqueeze(0)), (output, targets))
+    values = for_each_client(lambda o, t: batch_means(learner, o.unsqueeze(0), t.unsqueeze(0)), (output, targets))
+    # vmap takes apart what autocast would have computed in 32 bits.
+    return {name: value.to(torch.promote_types(value.dtype, torch.float32)) for name, value in values.items()}

@@ -455,12 +455,11 @@ def test_who_has_not_come_in_time_is_named():
 
 @pytest.mark.parametrize("rank", [1, 0, 3, -1])
 def test_a_rank_that_is_taken_or_does_not_exist_is_refused(rank):
-    with waiting(others=2) as (reception, came):
-        with contextlib.ExitStack() as stack:
-            for one in (1, rank):
-                worker = stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
-                worker.send(hello(reception, rank=one))
-            assert "start each with its own RANK" in str(came())
+    with waiting(others=2) as (reception, came), contextlib.ExitStack() as stack:
+        for one in (1, rank):
+            worker = stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
+            worker.send(hello(reception, rank=one))
+        assert "start each with its own RANK" in str(came())
 
 
 def test_a_worker_that_ends_while_others_are_awaited_ends_the_wait():

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 import shoal
+from models import MODELS, images
 from shoal.devices import Devices
 from shoal.errors import CannotStackError, ConfigurationError
 from shoal.types import Broadcast
@@ -73,6 +74,25 @@ def test_the_measured_loss_is_of_the_same_precision():
     found, expected = low.evaluate(low.init(0), data), high.evaluate(high.init(0), data)
     assert found["loss"] != expected["loss"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=0.02)
+
+
+@pytest.mark.parametrize("model", ["logistic", "cnn", "group_norm", "transformer"])
+def test_stacked_clients_are_computed_in_16_bits_too(model):
+    """Up to the rounding of 16 bits, and not as in 32 bits."""
+
+    def ended(precision, engine):
+        ours = shoal.TorchLearner(
+            MODELS[model],
+            loss=F.cross_entropy,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+            batch_size=4,
+            devices=Devices(precision=precision),
+        )
+        return shoal.federate(ours, images((9, 13, 6, 2, 10)), rounds=2, engine=engine).params
+
+    low, high = ended("bf16", "vectorized"), ended("fp32", "vectorized")
+    assert differ(low, high)
+    assert_equal(low, ended("bf16", "sequential"), atol=1e-2)
 
 
 def test_what_cannot_be_is_refused():
