@@ -49,7 +49,7 @@ def test_demo_shows_its_rounds_and_leaves_a_run_folder(demo):
         "2",
         "3",
     ]
-    assert "engine sequential: clients of unequal size" in done.stdout
+    assert "engine vectorized: the clients' models can be stacked" in done.stdout
     run = folder / "runs" / "digits-0001"
     assert f"report         {run.relative_to(folder)}/report.html" in done.stdout
     names = {path.name for path in run.iterdir()}

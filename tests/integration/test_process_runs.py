@@ -155,6 +155,4 @@ def test_the_command_shows_the_traceback_of_a_childs_failure(tmp_path):
     assert "In the process of client 0:" in told
     assert 'mine.py", line' in told
     last = told.splitlines()[-1]
-    assert last.startswith(
-        "shoal: error: client 0 failed in round 1: ClientError: ZeroDivisionError: the user's own loss"
-    )
+    assert last.startswith("shoal: error: client 0 failed in round 1: ZeroDivisionError: the user's own loss")
