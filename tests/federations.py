@@ -15,6 +15,7 @@ import torch
 
 import shoal
 from shoal.data import ArrayDataset
+from shoal.errors import ConfigurationError
 from support import BatchNormNet, learner, population, samples
 
 FAULT = "SHOAL_TEST_FAULT"
@@ -39,15 +40,16 @@ def experiment(pause: float = 0.0, failing: int = 0, differs: str = ""):
 
     Args:
         pause: Seconds that each batch takes longer.
-        failing: How many clients fail.
+        failing: How many clients fail, from the last one on; nobody is validated then.
         differs: What worker 1 has otherwise.
     """
-    global rest, broken
+    global rest, broken  # noqa: PLW0603
     torch.set_num_threads(1)
-    rest, broken = pause, np.cumsum((0, *SIZES))[:failing].tolist()
+    rest, broken = pause, np.cumsum(SIZES)[len(SIZES) - failing :].tolist()
+    broken = [end - 1 for end in broken]
     one = os.environ.get("RANK") == "1"
     if one and differs == "file":
-        raise shoal.ConfigurationError("this machine lacks a file")
+        raise ConfigurationError("this machine lacks a file")
     clients = population(SIZES, seed=1 if one and differs == "data" else 0)
     clients.dataset.__class__ = Data
     return shoal.Experiment(
@@ -61,7 +63,7 @@ def experiment(pause: float = 0.0, failing: int = 0, differs: str = ""):
         seed=4 if one and differs == "seed" else 3,
         evaluate=samples(60, seed=9),
         evaluate_every=2,
-        client_validation=0.3,
+        client_validation=0.0 if failing else 0.3,
         tensorboard=False,
     )
 
@@ -75,7 +77,7 @@ def command():
 
 
 def install_fault():
-    """Has a function of this worker's kill it, or raise, at one of its calls."""
+    """Has a function of this worker's do something at one of its calls: send it a signal, raise, or take seconds."""
     fault = json.loads(os.environ.get(FAULT, "{}"))
     if str(fault.get("rank")) != os.environ.get("RANK"):
         return
@@ -85,9 +87,12 @@ def install_fault():
     original, calls = getattr(owner, last), 0
 
     def act():
-        if fault["signal"] is None:
+        if fault["does"] == "raise":
             raise ZeroDivisionError("a fault of the test's")
-        os.kill(os.getpid(), fault["signal"])
+        if isinstance(fault["does"], float):
+            time.sleep(fault["does"])
+            return
+        os.kill(os.getpid(), fault["does"])
         time.sleep(0.05)  # it may be another thread that the system gives the signal to
 
     @functools.wraps(original)
@@ -106,11 +111,11 @@ def install_fault():
 
 def script():
     """Is a user's script under a launcher: two federations in a row, and what each worker got of them."""
-    for seed in (3, 5):
+    for seed, engine in ((3, "sequential"), (5, shoal.engines.SequentialEngine())):
         asked = experiment()
         result = shoal.federate(
             asked.learner, asked.clients, rounds=3, cohort=5, algorithm=shoal.FedAdam(server_lr=0.05), seed=seed,
-            evaluate=samples(60, seed=9), engine="sequential",
+            evaluate=samples(60, seed=9), engine=engine,
         )  # fmt: skip
         told = {
             "params": {name: array.tolist() for name, array in result.params.items()},

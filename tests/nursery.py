@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -18,6 +19,16 @@ import time
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
+
+PRELOADED = (
+    "federations",
+    "plotly.graph_objects",
+    "safetensors.numpy",
+    "shoal.cli.main",
+    "shoal.engines.torch_group",
+    "shoal.experiments",
+    "torch._dynamo",  # which the first step of an optimizer imports
+)
 
 
 class Child:
@@ -112,13 +123,9 @@ def become(request):
 
 def main():
     """Is the nursery; in a child it returns what that is to run."""
-    import torch._dynamo  # what the first step of an optimizer imports
-    import torch.distributed  # noqa: F401
-
-    import shoal.cli.main
-    import shoal.engines.torch_group
-    import shoal.experiments  # noqa: F401
-    import support  # noqa: F401 - for the children
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()
 
     children = {}
     for line in sys.stdin:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import sys
-import threading
+import time
 import traceback
 from collections.abc import Callable
 from types import FrameType
@@ -17,30 +17,48 @@ from shoal.errors import ClientError, ConfigurationError, ShoalError, Terminated
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
+AGAIN = 3.0
+"""Seconds in which a further signal means no more than the first."""
+
 P = ParamSpec("P")
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
     """Makes a command end with a documented code and one line in place of what it raises."""
-    ended = threading.Event()
-
-    def terminate(_signum: int, _frame: FrameType | None) -> None:
-        if not ended.is_set():  # a launcher sends it to all workers when one has ended, also to those on their way out
-            raise Terminated
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        signal.signal(signal.SIGTERM, terminate)
+        signals = _Signals()
         try:
             command(*args, **kwargs)
         except (KeyboardInterrupt, ShoalError) as error:
-            ended.set()
+            signals.calm()
             _report(error)
             raise typer.Exit(exit_code(error)) from error
         finally:
-            ended.set()
+            signals.calm()
 
     return run
+
+
+class _Signals:
+    """SIGINT and SIGTERM end a command, once: a terminal and a launcher may both send them, also on its way out."""
+
+    def __init__(self) -> None:
+        self._deaf_until = 0.0
+        signal.signal(signal.SIGTERM, self._end)
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # which it is not in the background
+            signal.signal(signal.SIGINT, self._end)
+
+    def calm(self) -> None:
+        """Ends what the signals do for a while."""
+        self._deaf_until = time.monotonic() + AGAIN
+
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        if time.monotonic() < self._deaf_until:
+            return
+        self.calm()
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
 
 def exit_code(error: BaseException) -> int:

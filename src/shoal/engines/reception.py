@@ -59,9 +59,11 @@ class Reception:
             WorkerError: The time is up, one of those who have come has ended, or two have the same rank.
         """
         while missing := set(range(1, self._others + 1)) - control.ranks:
-            control.watch()
             now = time.monotonic()
+            if control.end is not None:  # those who come in the next moments are to hear of it
+                deadline = min(deadline, now + PATIENCE)
             if now > deadline:
+                control.watch()
                 who = ", ".join(map(str, sorted(missing)[:8]))
                 raise WorkerError(f"of {self._others + 1} workers {len(missing)} did not come in time: {who}")
             for stranger in [stranger for stranger, until in self._strangers.items() if now > until]:

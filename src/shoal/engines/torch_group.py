@@ -23,6 +23,9 @@ from shoal.types import Array
 SIOCGIFADDR = 0x8915
 """The operating system's question for the address of a network interface."""
 
+CONNECT = 5.0
+"""Seconds that torch waits for one step of another worker while they join, five of them at most. No signal ends it."""
+
 STALL = 20.0
 """Seconds without progress after which torch gives a transfer up. Until then a process with one cannot end."""
 
@@ -58,7 +61,8 @@ def meeting_place(rank: int, deadline: float) -> Store:
         )
     except RuntimeError as error:
         raise WorkerError(f"the workers cannot meet at {host}:{port}: {error}") from error
-    return PrefixStore("shoal", store)
+    # The store of torchrun outlives workers that it starts again, and so does what was told in it.
+    return PrefixStore(f"shoal-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def told_in(store: Store, key: str, deadline: float) -> str:
@@ -95,14 +99,15 @@ class TorchGroup:
         self, store: Store, rank: int, count: int, *, interface: str | None, watch: Callable[[], None]
     ) -> None:
         self._watch = watch
-        self._group: dist.ProcessGroup | None = None  # None is torch's word for the first group
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
-        timeout = datetime.timedelta(seconds=STALL)
+        timeout = datetime.timedelta(seconds=CONNECT)
         with self._explained(), _gloo_over(interface):
             if dist.is_initialized():  # the user's script has a group of its own, for purposes of its own
-                self._group = dist.new_group(backend=backend, timeout=timeout)
+                self._group: Any = dist.new_group(backend=backend, timeout=timeout)
             else:
                 dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+                self._group = dist.group.WORLD
+        self._group.set_timeout(datetime.timedelta(seconds=STALL))
 
     def add_up(self, arrays: Sequence[Array], extra: Sequence[float]) -> list[float]:
         """Replaces arrays, in place, and numbers by their sums over the workers: one all-reduce of one flat tensor.

@@ -233,10 +233,9 @@ def test_a_message_may_come_byte_by_byte():
 
 def raised(error, cause=None):
     error.__cause__ = error.__cause__ or cause
-    try:
+    with pytest.raises(type(error)) as caught:
         raise error
-    except BaseException as caught:
-        return caught
+    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -385,6 +384,10 @@ def waiting(others=1, seconds=SOON):
             yield reception, came
 
 
+def connected(reception):
+    return socket.create_connection(("127.0.0.1", reception.port), timeout=SOON)
+
+
 def hello(reception, rank=1, **more):
     return frame({"password": reception.password, "rank": rank, "process": 1, "host": "there"} | more)
 
@@ -405,22 +408,21 @@ def hello(reception, rank=1, **more):
     ids=["http", "wrong", "no ascii", "null", "none", "a list", "deep", "oversized", "nothing"],
 )
 def test_strangers_are_sent_away_and_the_worker_is_taken_in(said):
-    with waiting() as (reception, came):
-        with socket.create_connection(("127.0.0.1", reception.port), timeout=SOON) as stranger:
-            stranger.send(said)
-            if not said:
-                stranger.close()
-            where = {"port": reception.port, "password": reception.password, **introduction()}
-            with closing(call_on(where, "127.0.0.1", 1, time.monotonic() + SOON)):
-                assert came() == {1}
+    with waiting() as (reception, came), connected(reception) as stranger:
+        stranger.send(said)
+        if not said:
+            stranger.close()
+        where = {"port": reception.port, "password": reception.password, **introduction()}
+        with closing(call_on(where, "127.0.0.1", 1, time.monotonic() + SOON)):
+            assert came() == {1}
 
 
 def test_somebody_who_says_nothing_keeps_nobody_waiting():
     with waiting() as (reception, came), contextlib.ExitStack() as stack:
         for _ in range(20):
-            stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
+            stack.enter_context(connected(reception))
         began = time.monotonic()
-        worker = stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
+        worker = stack.enter_context(connected(reception))
         worker.send(hello(reception))
         assert came() == {1}
         assert time.monotonic() - began < 2
@@ -429,9 +431,9 @@ def test_somebody_who_says_nothing_keeps_nobody_waiting():
 def test_somebody_who_says_nothing_is_sent_away(monkeypatch):
     monkeypatch.setattr(reception_module, "PATIENCE", 0.2)
     with waiting(seconds=3) as (reception, came):
-        with socket.create_connection(("127.0.0.1", reception.port), timeout=SOON) as stranger:
+        with connected(reception) as stranger:
             assert stranger.recv(1) == b""
-        with socket.create_connection(("127.0.0.1", reception.port), timeout=SOON) as worker:
+        with connected(reception) as worker:
             worker.send(hello(reception))
             assert came() == {1}
 
@@ -440,34 +442,43 @@ def test_a_crowd_of_strangers_leaves_room_for_a_worker(monkeypatch):
     with waiting() as (reception, came), contextlib.ExitStack() as stack:
         monkeypatch.setattr(reception_module, "CROWD", 5)
         for _ in range(30):
-            stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
-        worker = stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
+            stack.enter_context(connected(reception))
+        worker = stack.enter_context(connected(reception))
         worker.send(hello(reception))
         assert came() == {1}
 
 
 def test_who_has_not_come_in_time_is_named():
-    with waiting(others=3, seconds=0.5) as (reception, came):
-        with socket.create_connection(("127.0.0.1", reception.port), timeout=SOON) as worker:
-            worker.send(hello(reception, rank=2))
-            assert str(came()) == "of 4 workers 2 did not come in time: 1, 3"
+    with waiting(others=3, seconds=0.5) as (reception, came), connected(reception) as worker:
+        worker.send(hello(reception, rank=2))
+        assert str(came()) == "of 4 workers 2 did not come in time: 1, 3"
 
 
 @pytest.mark.parametrize("rank", [1, 0, 3, -1])
 def test_a_rank_that_is_taken_or_does_not_exist_is_refused(rank):
-    with waiting(others=2) as (reception, came), contextlib.ExitStack() as stack:
-        for one in (1, rank):
-            worker = stack.enter_context(socket.create_connection(("127.0.0.1", reception.port), timeout=SOON))
-            worker.send(hello(reception, rank=one))
+    with waiting(others=2) as (reception, came), connected(reception) as first, connected(reception) as second:
+        first.send(hello(reception, rank=1))
+        second.send(hello(reception, rank=rank))
         assert "start each with its own RANK" in str(came())
 
 
-def test_a_worker_that_ends_while_others_are_awaited_ends_the_wait():
-    with waiting(others=2) as (reception, came):
-        with socket.create_connection(("127.0.0.1", reception.port), timeout=SOON) as worker:
+def test_a_worker_that_ends_while_others_are_awaited_ends_the_wait(monkeypatch):
+    monkeypatch.setattr(reception_module, "PATIENCE", 0.5)
+    with waiting(others=2, seconds=300) as (reception, came):
+        with connected(reception) as worker:
             worker.send(hello(reception))
             time.sleep(0.3)
         assert "worker 1 (process 1 on there) is gone" in str(came())
+
+
+def test_those_who_come_when_another_has_ended_are_taken_in_and_hear_of_it():
+    with waiting(others=2) as (reception, came):
+        with connected(reception) as first:
+            first.send(hello(reception))
+            time.sleep(0.3)
+        with connected(reception) as second:
+            second.send(hello(reception, rank=2))
+            assert came() == {1, 2}
 
 
 def test_a_leader_that_is_not_there_is_named():
