@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
 from shoal.cli import launch as module
 from shoal.cli.launch import launch, launch_if_asked
@@ -43,7 +45,7 @@ def workers(tmp_path, monkeypatch):
 @pytest.fixture
 def interrupt():
     """Returns a function that sends this process a signal after some time, handled as by the command."""
-    timers, before = [], signal.getsignal(signal.SIGTERM)
+    timers = []
 
     def terminate(*_):
         raise Terminated
@@ -53,10 +55,10 @@ def interrupt():
         timers[-1].start()
 
     signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield send
     for timer in timers:
         timer.cancel()
-    signal.signal(signal.SIGTERM, before)
 
 
 def gone(pid):
@@ -195,11 +197,14 @@ def test_what_cannot_be_asked_for_is_refused(environment, asked, message, monkey
         launch_if_asked(asked[0], max_restarts=asked[1])
 
 
-def test_a_worker_launches_nothing(monkeypatch):
-    monkeypatch.setenv("SHOAL_LAUNCHER", "1")
-    launch_if_asked(2, max_restarts=1)
-
-
-def test_nothing_is_launched_where_nothing_was_asked(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    launch_if_asked(None)
+@pytest.mark.parametrize(("launcher", "asked", "launched"), [("1", 2, []), (None, None, []), (None, 2, [2])])
+def test_only_a_command_that_is_no_worker_launches_what_was_asked(launcher, asked, launched, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("SHOAL_LAUNCHER", raising=False)
+    if launcher:
+        monkeypatch.setenv("SHOAL_LAUNCHER", launcher)
+    found = []
+    monkeypatch.setattr(module, "launch", lambda workers, *_, **__: found.append(workers) or 0)
+    with pytest.raises(typer.Exit) if launched else contextlib.nullcontext():
+        launch_if_asked(asked)
+    assert found == launched

@@ -136,7 +136,7 @@ def test_a_closed_connection_is_an_end_at_once():
         with pytest.raises(WorkerError, match="worker 1 .process .* is gone: its process or its machine has ended"):
             leader.gather("done")
         assert time.monotonic() - began < 2
-        second.watch()  # it hears of it from the leader alone
+        assert second.watch() is None  # it hears of it from the leader alone
 
 
 def test_what_came_before_the_end_of_a_connection_is_not_lost():
@@ -153,8 +153,7 @@ def test_a_worker_at_its_work_is_alive(quick):
     with team() as (leader, other):
         for _ in range(20):  # no gather, no watch: more than twice the silence that would be death
             time.sleep(0.1)
-        leader.watch()
-        other.watch()
+        assert leader.watch() is other.watch() is None
 
 
 def test_a_silent_peer_is_given_up(quick):
@@ -190,8 +189,7 @@ def test_who_was_suspended_does_not_take_the_others_for_dead(quick, monkeypatch)
         time.sleep(0.3)
         ahead = 100.0  # as for a process that was stopped, whose clock went on
         time.sleep(0.5)
-        leader.watch()
-        other.watch()
+        assert leader.watch() is other.watch() is None
 
 
 @pytest.mark.parametrize(

@@ -356,7 +356,9 @@ def test_a_server_that_does_nothing_is_killed(monkeypatch):
 def test_a_server_that_does_not_end_is_killed(monkeypatch):
     monkeypatch.setattr("shoal.engines.server_link.PATIENCE", 0.2)
     with opened() as (engine, _):
-        os.kill(server(engine), signal.SIGSTOP)
+        pid = server(engine)
+        os.kill(pid, signal.SIGSTOP)
+    assert not alive(pid)
 
 
 def test_interrupts_and_terminations_are_the_parents_to_handle():

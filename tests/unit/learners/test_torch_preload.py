@@ -71,4 +71,6 @@ def test_cuda_that_was_in_use_before_is_said_when_the_engine_opens(cuda):
 def test_where_there_is_no_device_a_look_for_one_did_no_harm(cuda):
     cuda.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     cuda.setattr(torch.cuda, "device_count", lambda: 0)
-    learner().preload()
+    ours = learner()
+    ours.preload()
+    assert "resident" not in ours.__dict__  # the child looks again
