@@ -57,7 +57,7 @@ class BlockSearch:
     """
 
     def __init__(self, first: int, largest: int, variants: Sequence[str], *, fixed: bool = False) -> None:
-        self._variants = variants
+        self._variants = list(variants)
         self._times: dict[tuple[int, str], list[float]] = {}
         self._sizes = [first] if fixed else sorted({*(size for size in LADDER if size < largest), largest})
         self._first = min(self._sizes, key=lambda size: (abs(size - first), size))
@@ -86,13 +86,25 @@ class BlockSearch:
         else:
             self._decide()
 
+    def leave(self, variant: str) -> None:
+        """Takes note that a variant cannot be run after all; the usual one always can."""
+        self._variants.remove(variant)
+        if self.choice is None:
+            self._decide()
+        elif self.choice[1] == variant:
+            self.choice = (self.choice[0], self._variants[0])
+
     def _decide(self) -> None:
         """Sets what to try next, or the choice if nothing is left to try."""
         trying = self._untried()
         if trying is not None:
             self._trying = trying
             return
-        measured = [key for key in self._times if key[0] in self._sizes and self._cost(key) is not None]
+        measured = [
+            (size, variant)
+            for size, variant in self._times
+            if size in self._sizes and variant in self._variants and self._cost((size, variant)) is not None
+        ]
         only = (self._sizes[0], self._variants[0])
         self.choice = min(measured, key=lambda key: self._cost(key) or 0.0, default=only)
 

@@ -82,6 +82,11 @@ class VectorizedEngine:
         """The block size of the last round; None before the first."""
         return None if self._last is None else self._last.current[0]
 
+    @property
+    def found_variant(self) -> str | None:
+        """The way in which the last round's blocks were run; None before the first."""
+        return None if self._last is None else self._last.current[1]
+
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[Result]:
         """Yields a result for each block, those with the most work first."""
         if not tasks:
@@ -100,9 +105,13 @@ class VectorizedEngine:
             if results is None:
                 search.refuse(len(block))
                 continue
-            if search.choice is None:
+            if variant not in trainer.variants:
+                search.leave(variant)
+            elif search.choice is None and not trainer.warming_up:
                 trainer.synchronize()
                 search.record((time.perf_counter() - started) / max(sum(work[index] for index in block), 1))
+                if self.settled:
+                    trainer.settle(search.current[1])
             yield from results
             start += len(block)
 
@@ -122,7 +131,7 @@ class VectorizedEngine:
             return BlockSearch(self.block_size, self.block_size, trainer.variants, fixed=True)
         most = min(trainer.capacity(), cohort)
         if not searchable:
-            return BlockSearch(min(most, UNSEARCHED), most, trainer.variants[:1], fixed=True)
+            return BlockSearch(min(most, UNSEARCHED), most, trainer.equal_variants, fixed=True)
         return BlockSearch(min(most, FIRST), most, trainer.variants)
 
     def _attempt(

@@ -77,7 +77,17 @@ class BlockTrainer(Protocol):
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The ways in which a block can be run, the usual one first."""
+        """The ways in which a block can be run, the usual one first. One that turns out not to work is left out."""
+        ...  # pragma: no cover
+
+    @property
+    def equal_variants(self) -> tuple[str, ...]:
+        """Those of :attr:`variants` in which a client ends with the bits of the usual one; that comes first."""
+        ...  # pragma: no cover
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the last block took longer than another like it will, so that its time says nothing."""
         ...  # pragma: no cover
 
     @property
@@ -112,6 +122,10 @@ class BlockTrainer(Protocol):
         Raises:
             MemoryError: The block does not fit the device.
         """
+        ...  # pragma: no cover
+
+    def settle(self, variant: str) -> None:
+        """Lets go of the memory that only blocks of other variants need; called when one is chosen."""
         ...  # pragma: no cover
 
     def synchronize(self) -> None:

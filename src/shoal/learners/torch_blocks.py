@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -67,6 +67,19 @@ class Schedule:
         """How many samples are computed, padding included."""
         return sum(part.width * len(part.counts) for parts in self.steps for part in parts)
 
+    @property
+    def shape(self) -> tuple[tuple[int, int], ...] | None:
+        """Where the batches of each step begin and how large they are, if that is the same for all clients."""
+        starts = [parts[0].start for parts in self.steps]
+        if any(len(parts) > 1 for parts in self.steps) or None in starts:
+            return None
+        return tuple((start or 0, parts[0].width) for start, parts in zip(starts, self.steps, strict=True))
+
+    def samples(self, device: torch.device) -> Tensor | float:
+        """Returns how many samples each client sees, float64 on the device, or one number for all."""
+        first = float(self.seen[0])
+        return first if (self.seen == first).all() else torch.as_tensor(self.seen, device=device)
+
 
 def schedule(sizes: Sequence[Sequence[int]], examples: Sequence[int], *, pads: bool) -> Schedule:
     """Returns how a block of clients goes through its steps.
@@ -115,10 +128,6 @@ def _parts(counts: np.ndarray, starts: np.ndarray, *, pads: bool) -> list[Part]:
     return parts
 
 
-Batches = Callable[[Part], tuple[Tensor, Tensor, Tensor | None]]
-"""Gives the inputs [clients, n, …], targets [clients, n, …] and masks [clients, n] of a part."""
-
-
 class BlockData:
     """Brings the clients' samples to the device: from one resident copy of the data set if it fits, else by block.
 
@@ -132,8 +141,8 @@ class BlockData:
         self._samples = samples
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def load(self, clients: Sequence[tuple[Dataset, np.random.Generator]], plan: Schedule) -> Batches:
-        """Draws each client's order, and returns the function that cuts the batches.
+    def load(self, clients: Sequence[tuple[Dataset, np.random.Generator]], plan: Schedule) -> Cutter:
+        """Draws each client's order, and returns what cuts the batches.
 
         Args:
             clients: Their samples and generators.
@@ -141,12 +150,12 @@ class BlockData:
         """
         orders = [draw_order(len(data), int(total), rng) for (data, rng), total in zip(clients, plan.seen, strict=True)]
         datasets = [data for data, _ in clients]
-        source = self._samples.of(datasets)
+        source = resident = self._samples.of(datasets)
         if source is not None:
             orders = [places(data, order) for data, order in zip(datasets, orders, strict=True)]
         else:
             source, orders = self._gathered(datasets, orders)
-        return _Cutter(*source, self._table(orders))
+        return Cutter(*source, self._table(orders), resident=resident is not None)
 
     def _table(self, orders: Sequence[np.ndarray]) -> Tensor:
         """Returns the orders as one table, [clients, longest], each filled up with its first sample."""
@@ -178,23 +187,29 @@ class BlockData:
         return moved
 
 
-class _Cutter:
+class Cutter:
     """Cuts the batches of a block out of its samples.
 
     Args:
         inputs: Of many samples, [samples, …].
         targets: Of the same.
         table: The samples of each client in the order in which it sees them, [clients, samples].
+        resident: Whether the samples stay on the device when the block is done.
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, table: Tensor) -> None:
-        self._inputs = inputs
-        self._targets = targets
-        self._table = table
+    def __init__(self, inputs: Tensor, targets: Tensor, table: Tensor, *, resident: bool) -> None:
+        self.sources = inputs, targets
+        self.table = table
+        self.resident = resident
+
+    def on(self, table: Tensor) -> Cutter:
+        """Returns what cuts the batches of another block out of the same samples."""
+        return Cutter(*self.sources, table, resident=self.resident)
 
     def __call__(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns the inputs [clients, n, …], targets [clients, n, …] and masks [clients, n] of a part."""
         clients, width = len(part.counts), part.width
-        table = self._table
+        table = self.table
         if part.start is not None:
             picked = table[:, part.start : part.start + width].reshape(-1)
             masks = None
@@ -207,5 +222,5 @@ class _Cutter:
             picked = table[rows.to(table.device)[:, None], columns].reshape(-1)
             shares = real / np.maximum(part.counts, 1)[:, None]
             masks = torch.as_tensor(shares, device=table.device) if part.padded else None
-        inputs, targets = (array.index_select(0, picked) for array in (self._inputs, self._targets))
+        inputs, targets = (array.index_select(0, picked) for array in self.sources)
         return torch.unflatten(inputs, 0, (clients, width)), torch.unflatten(targets, 0, (clients, width)), masks

@@ -14,12 +14,15 @@ from shoal.learners.torch_devices import free_memory
 RESIDENT_SHARE = 0.4
 """The share of a device's free memory that a data set may take to be kept there whole."""
 
+KEPT = 2
+"""How many data sets stay on the device: the one that is trained on, and the one that is evaluated on."""
+
 INDEXABLE = frozenset("?bBhilqefd")
 """The numpy kinds that torch can pick samples of."""
 
 
 class ResidentSamples:
-    """One data set whole on the device, if it is two arrays that fit; on a CPU these are the arrays themselves.
+    """Whole data sets on the device, if they are two arrays that fit; on a CPU these are the arrays themselves.
 
     Args:
         device: Where the model is.
@@ -27,8 +30,7 @@ class ResidentSamples:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._of: ArrayDataset | None = None
-        self._arrays: tuple[Tensor, Tensor] | None = None
+        self._kept: list[tuple[ArrayDataset, tuple[Tensor, Tensor] | None]] = []  # the last used at the end
 
     def of(self, datasets: Sequence[Dataset]) -> tuple[Tensor, Tensor] | None:
         """Returns the inputs and targets that all of these are parts of; None if there are no such arrays."""
@@ -36,9 +38,14 @@ class ResidentSamples:
         # Another class may read its samples in its own way.
         if type(base) is not ArrayDataset or any(_base(data) is not base for data in datasets[1:]):
             return None
-        if base is not self._of:
-            self._of, self._arrays = base, self._brought(base)
-        return self._arrays
+        others = [pair for pair in self._kept if pair[0] is not base]
+        if len(others) == len(self._kept):
+            self._kept = others[-(KEPT - 1) :]  # before there is another, which may need the room
+            others, arrays = self._kept, self._brought(base)
+        else:
+            arrays = next(arrays for kept, arrays in self._kept if kept is base)
+        self._kept = [*others, (base, arrays)]
+        return arrays
 
     def batches(self, data: Dataset, order: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields batches of inputs and targets.

@@ -16,9 +16,11 @@ from shoal.data import Dataset
 from shoal.learners.batches import draw_seed
 from shoal.learners.torch_blocks import BlockData, Part, Schedule, schedule
 from shoal.learners.torch_devices import computing, free_memory
+from shoal.learners.torch_graphs import CudaGraphs, Recorder, allow_recording
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, ObjectiveGradient
 from shoal.learners.torch_per_client import Convolution, PerClient
+from shoal.learners.torch_recorded import RecordedBlocks, Start, Work
 from shoal.learners.torch_stacked_model import StackedModel
 from shoal.types import Broadcast, StackedUpdate
 
@@ -40,6 +42,9 @@ ELEMENT_WISE = (
 )
 """Optimizers that treat each number by itself, and so many clients' numbers as those of one large model."""
 
+
+RECORDED = ", recorded"
+"""Ends the name of a variant in which blocks are recorded and replayed."""
 
 MEMORY_SHARE = 0.5
 """The share of the free memory that a block may take by estimate; a wrong estimate costs time, not the run."""
@@ -74,20 +79,38 @@ class StackedTrainer:
     Args:
         learner: Says what to train and how.
         stacking: What was found of the learner.
+        recorder: Records blocks; None for CUDA graphs on a CUDA device, and for nothing elsewhere.
     """
 
-    def __init__(self, learner: TorchLearner, stacking: Stacking) -> None:
+    def __init__(self, learner: TorchLearner, stacking: Stacking, recorder: Recorder | None = None) -> None:
         self._learner = learner
         self._stacking = stacking
         self._data = BlockData(learner.device, learner.samples)
-        self._start: _Start | None = None
+        self._start: Start | None = None
         self._pool = Pool(learner.device)
-        self._lent: list[Tensor] = []
+        if recorder is None and learner.device.type == "cuda":
+            recorder = CudaGraphs(learner.device)
+        # Each replay would draw the same noise.
+        self._recorded = None if recorder is None or stacking.noisy else RecordedBlocks(learner, recorder)
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The ways in which a block can be run, the usual one first."""
-        return self._stacking.convolutions
+        plain = self._stacking.convolutions
+        if self._recorded is None or self._recorded.refused:
+            return plain
+        return (*plain, *(convolution + RECORDED for convolution in plain))
+
+    @property
+    def equal_variants(self) -> tuple[str, ...]:
+        """Those of :attr:`variants` that give the bits of the usual one: a replay runs the same kernels."""
+        usual = self._stacking.convolutions[0]
+        return tuple(variant for variant in self.variants if variant.removesuffix(RECORDED) == usual)
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether the last block took longer than another like it will, because it was not replayed yet."""
+        return self._recorded is not None and self._recorded.warming_up
 
     @property
     def pads(self) -> bool:
@@ -129,18 +152,24 @@ class StackedTrainer:
         Args:
             broadcast: The model to start from and the local objective.
             clients: The examples and the generator of each, as for :meth:`~shoal.TorchLearner.fit`.
-            variant: One of :attr:`variants`: here, how convolutions run.
+            variant: One of :attr:`variants`: here, how convolutions run, and whether blocks are replayed.
 
         Raises:
             MemoryError: The block does not fit the device.
         """
         try:
             with computing(self._learner.device, self._learner.devices.threads):
-                return self._fit(broadcast, clients, cast("Convolution", variant))
+                return self._fit(broadcast, clients, variant)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA is one
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                self.settle(self._stacking.convolutions[0])  # what was recorded may be what took the room
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
+
+    def settle(self, variant: str) -> None:
+        """Lets go of the memory that only blocks of other variants need."""
+        if self._recorded is not None:
+            self._recorded.keep(variant.removesuffix(RECORDED) if variant.endswith(RECORDED) else None)
 
     def synchronize(self) -> None:
         """Waits until the device has done what it was given."""
@@ -148,12 +177,12 @@ class StackedTrainer:
             torch.cuda.synchronize(self._learner.device)
 
     def _fit(
-        self, broadcast: Broadcast, clients: Sequence[tuple[Dataset, np.random.Generator]], convolution: Convolution
+        self, broadcast: Broadcast, clients: Sequence[tuple[Dataset, np.random.Generator]], variant: str
     ) -> StackedUpdate:
         if len(clients) < self._stacking.smallest:
             (data, rng), twin = clients[0], copy.deepcopy(clients[0][1])
-            return _first(self._fit(broadcast, [(data, rng), (data, twin)], convolution))
-        learner, device = self._learner, self._learner.device
+            return _first(self._fit(broadcast, [(data, rng), (data, twin)], variant))
+        device = self._learner.device
         seeds = [draw_seed(rng) for _, rng in clients]
         noisy = self._stacking.noisy
         generators = [torch.Generator(device).manual_seed(seed) for seed in seeds] if noisy else []
@@ -161,25 +190,34 @@ class StackedTrainer:
         plan = self._plan(examples)
         batches = self._data.load(clients, plan)
         start = self._started(broadcast)
-        layers = PerClient(convolution, self._pool, self._stacking.noise_format)
+        work = Work(plan, batches, cast("Convolution", variant.removesuffix(RECORDED)), generators)
+        self._pool.keep(len(clients))
+        if self._recorded is None or not variant.endswith(RECORDED):
+            return self._run(start, work, self._pool)
+        return self._recorded.fit(start, work, self._run, self._pool)
+
+    def _run(self, start: Start, work: Work, pool: Pool) -> StackedUpdate:
+        """Trains a block in memory of the pool."""
+        learner, plan, clients = self._learner, work.plan, len(work.plan.examples)
+        layers = PerClient(work.convolution, pool, self._stacking.noise_format)
         model = StackedModel(learner, start.borrowed, layers)
-        program = _Block(learner, model, start, self._stacks(start, len(clients)), self._pool)
+        program = _Block(learner, model, start, _stacks(start, clients, pool), pool)
         sums: dict[str, Tensor] = {}
         for number, parts in enumerate(plan.steps):
             total: Tensor | None = None
             for part in parts:
-                inputs, targets, masks = batches(part)
-                layers.generators = generators if part.rows is None or not noisy else [generators[r] for r in part.rows]
+                inputs, targets, masks = work.batches(part)
+                layers.generators = work.generators_of(part.rows)
                 means = program.means(part, inputs, targets, masks)
                 total = means["loss"].sum() if total is None else total + means["loss"].sum()
                 for name, values in means.items():
-                    _add_part(sums, name, part, values.detach().flatten(), len(clients))
+                    _add_part(sums, name, part, values.detach().flatten(), clients)
             if total is not None:
                 total.backward()  # type: ignore[no-untyped-call]
             program.step()
             program.release()
             program.keep(plan.ends.get(number, ()))
-        seen = torch.as_tensor(plan.seen, device=device)
+        seen = plan.samples(learner.device)
         return program.update(plan.examples, {name: total / seen for name, total in sums.items()})
 
     def _plan(self, examples: Sequence[int]) -> Schedule:
@@ -187,7 +225,7 @@ class StackedTrainer:
         sizes = {count: self._learner.batch_sizes(count) for count in set(examples)}
         return schedule([sizes[count] for count in examples], examples, pads=self._stacking.pads)
 
-    def _started(self, broadcast: Broadcast) -> _Start:
+    def _started(self, broadcast: Broadcast) -> Start:
         """Returns what each client starts from, and loads what all clients share into the module, once a round."""
         resident = self._learner.resident
         if self._start is None or self._start.broadcast is not broadcast:
@@ -195,32 +233,9 @@ class StackedTrainer:
             buffers = dict(resident.module.named_buffers())
             own = {name: buffers[name].detach().clone() for name in sorted(self._stacking.changing)}
             arrays = {**resident.on_device(broadcast.model.params), **own}
-            self._start = _Start(broadcast, arrays, BorrowedModule(resident.module))
+            self._start = Start(broadcast, arrays, BorrowedModule(resident.module))
         resident.module.train()  # an evaluation may have come between
         return self._start
-
-    def _stacks(self, start: _Start, clients: int) -> dict[str, Tensor]:
-        """Returns a copy of what each client starts from for each of them, in the memory of the block before."""
-        for tensor in self._lent:
-            self._pool.give(tensor)
-        self._pool.keep(clients)
-        stacks = {}
-        for name, array in start.arrays.items():
-            stacks[name] = self._pool.take((clients, *array.shape), array.dtype).copy_(array.detach())
-        self._lent = list(stacks.values())
-        return stacks
-
-
-@dataclass(frozen=True, eq=False)
-class _Start:
-    """What all blocks of a round start from."""
-
-    broadcast: Broadcast
-    """The model and the local objective."""
-    arrays: dict[str, Tensor]
-    """The broadcast's parameters, and those buffers that change, on the device."""
-    borrowed: BorrowedModule
-    """The module, with the arrays that all clients share."""
 
 
 class _Block:
@@ -235,7 +250,7 @@ class _Block:
     """
 
     def __init__(
-        self, learner: TorchLearner, model: StackedModel, start: _Start, stacks: Mapping[str, Tensor], pool: Pool
+        self, learner: TorchLearner, model: StackedModel, start: Start, stacks: Mapping[str, Tensor], pool: Pool
     ) -> None:
         resident = learner.resident
         self._learner = learner
@@ -301,7 +316,7 @@ class _Block:
             finite &= torch.isfinite(array.flatten(1).sum(1))
         if device.type != "cpu" or not bool(finite.all()):  # on a CPU it costs nothing to look
             for array in arrays.values():
-                array[~finite] = 0
+                array.masked_fill_(~finite.view(-1, *[1] * (array.ndim - 1)), 0)
         return StackedUpdate(
             delta={name: arrays[name] for name in self._params},
             buffers={name: arrays[name] for name in self._sent},
@@ -309,6 +324,14 @@ class _Block:
             metrics=metrics,
             finite=finite,
         )
+
+
+def _stacks(start: Start, clients: int, pool: Pool) -> dict[str, Tensor]:
+    """Returns a copy of what each client starts from for each of them, lent by the pool."""
+    return {
+        name: pool.lend((clients, *array.shape), array.dtype).copy_(array.detach())
+        for name, array in start.arrays.items()
+    }
 
 
 def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Tensor]) -> torch.optim.Optimizer:
@@ -324,7 +347,9 @@ def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Ten
     ]
     for group in groups:
         group.pop("param_names", None)
-    return type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
+    optimizer = type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
+    allow_recording(optimizer)
+    return optimizer
 
 
 @torch.no_grad()

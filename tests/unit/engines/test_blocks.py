@@ -56,6 +56,22 @@ def test_a_size_of_the_users_own_is_kept_and_variants_are_still_tried():
     assert set(tried) == {(7, "a"), (7, "b")}
 
 
+def test_a_variant_that_turns_out_not_to_work_is_left_in_the_search_and_after_it():
+    found = BlockSearch(7, 7, ("a", "b", "c"), fixed=True)
+    while found.current[1] != "b":
+        found.record(2.0)
+    found.leave("b")
+    assert found.current == (7, "c")
+    while found.choice is None:
+        found.record(1.0)
+    assert found.choice == (7, "c")
+    found.leave("c")
+    assert found.choice == found.current == (7, "a")
+    last = BlockSearch(7, 7, ("a", "b"), fixed=True)
+    last.leave("b")
+    assert last.choice == (7, "a")
+
+
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5))
 def test_what_did_not_fit_is_never_tried_again(refused):
     found = BlockSearch(20, 300, ("usual",))
