@@ -12,9 +12,12 @@ import pytest
 import torch
 
 import shoal
+from models import MODELS, images
+from shoal.bench import simulate
 from shoal.learners.torch_devices import computing, resolve
+from shoal.learners.torch_graphs import CudaGraphs
 from shoal.runs import Checkpoints
-from shoal.types import Broadcast
+from shoal.types import Broadcast, LocalObjective, ModelState
 from support import BatchNormNet, Mlp, assert_equal, learner, population, samples
 
 pytestmark = [
@@ -94,6 +97,85 @@ def test_memory_does_not_grow_from_client_to_client():
 
     after = [held(client) for client in range(40)]
     assert after[-1] <= after[1]
+
+
+def blocks_in_both_ways(ours, clients, *, rounds=6):
+    """Asserts that blocks of two sizes end with the same bits when they are replayed; returns the trainer."""
+    start, trainer = ours.init(0), ours.stacked(clients.dataset)
+    variants = trainer.equal_variants
+    assert variants == ("grouped", "grouped, recorded")
+    for round in range(1, rounds + 1):
+        moved = ModelState(
+            params={name: array * (1 + 0.01 * round) for name, array in start.params.items()},
+            buffers=start.buffers,
+            constants=start.constants,
+        )
+        broadcast = Broadcast(round=round, model=moved, objective=LocalObjective(proximal=0.1))
+        for rows in (range(20), range(20, 25)):
+            ends = []
+            for variant in variants:
+                block = [(clients[k], np.random.default_rng([round, k])) for k in rows]
+                update = trainer.fit(broadcast, block, variant)
+                told = {"delta": update.delta, "buffers": update.buffers, "metrics": update.metrics}
+                ends.append(shoal.trees.copy(shoal.trees.flatten(told)))
+            assert_equal(ends[1], ends[0])
+    return trainer
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", [partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("model", ["cnn", "batch_norm", "transformer"])
+def test_a_recorded_block_ends_with_the_bits_of_the_block_itself(model, optimizer, precision, caplog):
+    devices = shoal.Devices(accelerator="cuda", precision=precision)
+    ours = learner(MODELS[model], optimizer=partial(optimizer, lr=0.01), devices=devices, epochs=2)
+    trainer = blocks_in_both_ways(ours, images((9,) * 25))
+    assert caplog.text == ""
+    assert len(trainer._recorded) == 2
+    trainer.synchronize()
+    held = torch.cuda.memory_allocated()
+    trainer.settle("grouped")
+    assert torch.cuda.memory_allocated() < held
+
+
+def test_a_block_that_copies_from_the_host_is_not_recorded_and_says_so(caplog):
+    ours = learner(Mlp, devices=CUDA, transform=lambda inputs: inputs + torch.ones(1).to(inputs.device))
+    trainer = blocks_in_both_ways(ours, population((8,) * 25))
+    assert "a step of it waits for the device, or copies from the host" in caplog.text
+    assert trainer.variants == ("grouped",)
+
+
+def active_bytes():
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["active_bytes.all.current"]
+
+
+def test_a_capture_that_breaks_leaves_the_stream_the_generator_and_the_memory_as_they_were():
+    device = torch.device("cuda", torch.cuda.current_device())
+    recorder, stream = CudaGraphs(device), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        recorder.record(lambda: {"sum": torch.full((1,), torch.ones(9, device=device).sum().item())})
+    assert torch.cuda.current_stream() == stream
+    torch.nn.functional.dropout(torch.ones(9, device=device))  # draws
+    before = active_bytes()
+    for _ in range(3):
+        used = torch.ones(2**20, device=device)
+        used.record_stream(recorder._stream)
+        del used
+        torch.cuda.synchronize()
+    assert active_bytes() <= before + 2**20 * 4  # the last one may still wait
+    recorded = recorder.record(lambda: {"one": torch.ones(1, device=device)})
+    recorded.replay()
+    assert recorded.results["one"].item() == 1.0
+
+
+@pytest.mark.parametrize("model", ["lenet", "resnet18gn", "transformer"])
+def test_a_bench_tries_recorded_blocks_and_says_which_it_chose(model, caplog, record_property):
+    engine = shoal.engines.VectorizedEngine()
+    simulate(model, population=200, cohort=100, rounds=2, engine=engine, devices=CUDA)
+    assert "not recorded" not in caplog.text
+    assert engine.settled
+    record_property("variant", engine.found_variant)
+    print(f"{model}: blocks of {engine.found_block_size}, {engine.found_variant}")
 
 
 # In processes of their own, because this one has touched CUDA.
