@@ -160,7 +160,7 @@ class TorchGroup:
             if now - looked > 0.2:
                 self._watch()
                 looked = now
-            time.sleep(0 if now - began < 0.01 else 0.001)
+            time.sleep(0.00005 if now - began < 0.01 else 0.001)
         with self._explained():
             work.wait()
 

@@ -117,9 +117,14 @@ class ObjectiveGradient:
         self._anchor = resident.on_device(broadcast.model.params) if objective.proximal else {}
         self._correction = resident.on_device(objective.correction or {})
 
+    @property
+    def active(self) -> bool:
+        """Whether there are such terms."""
+        return bool(self._anchor or self._correction)
+
     def add(self) -> None:
         """Adds the gradient to what ``backward`` left in the parameters' ``grad``."""
-        if self._anchor or self._correction:
+        if self.active:
             self._add()
 
     @torch.no_grad()

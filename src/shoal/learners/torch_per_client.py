@@ -3,7 +3,7 @@
 ``torch.func.vmap`` runs a module for many clients at once, and is right for nearly every operation. For the few that
 take most of the time it moves memory that need not move. Inside :class:`PerClient` those are replaced:
 
-- a linear layer's weight gradient is made in the layout of the weight;
+- a linear layer's weight gradient is made in the layout of the weight, or its step of plain SGD taken at once;
 - convolutions and pools keep the clients beside the channels, in channels-last memory, so that nothing is copied
   between them; a convolution is a grouped one, or a matrix product over unfolded patches; group normalisation takes
   what they leave, which vmap's own rule refuses;
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from shoal.learners.torch_block_functions import StackedCrossEntropy, StackedLinear
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_recurrent import gru, lstm, rnn_relu, rnn_tanh
 from shoal.learners.torch_vmap import on_block
@@ -55,6 +56,8 @@ class PerClient(TorchFunctionMode):
         self.generators: Sequence[torch.Generator] = ()
         """The clients' generators, on the model's device, in the order of the clients. Dropout draws from them what it
         would draw for that client alone."""
+        self.rates: Mapping[int, float] = {}
+        """The learning rates of the stacked parameters that linear layers step in their backward pass, by their ids."""
         self._pool = pool
         self._noise_format = noise_format
         self._rules: dict[Any, Callable[..., Tensor]] = {
@@ -90,7 +93,8 @@ class PerClient(TorchFunctionMode):
         return on_block(drop, lambda x: F.dropout(x, p), input)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return on_block(partial(_stacked_linear, self._pool), F.linear, *_in_precision(input, weight, bias))
+        rule = partial(_stacked_linear, self._pool, self.rates)
+        return on_block(rule, F.linear, *_in_precision(input, weight, bias))
 
     def _attention(
         self,
@@ -149,7 +153,12 @@ def _in_precision(*operands: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _stacked_linear(
-    pool: Pool, x: Tensor, weight: Tensor, bias: Tensor | None, shared: Sequence[bool]
+    pool: Pool,
+    rates: Mapping[int, float],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shared: Sequence[bool],
 ) -> tuple[Tensor, int]:
     if shared[0]:
         result = F.linear(x, weight, bias if shared[1] else None)
@@ -159,39 +168,8 @@ def _stacked_linear(
     clients, features = x.shape[0], x.shape[-1]
     offset = bias.expand(clients, -1) if bias is not None and shared[1] else bias
     rows = x if x.ndim == 3 else x.reshape(clients, -1, features)
-    result = _BatchedLinear.apply(rows, weight, offset, pool)  # type: ignore[no-untyped-call]
+    result = StackedLinear.apply(rows, weight, offset, pool, rates)  # type: ignore[no-untyped-call]
     return result if x.ndim == 3 else result.reshape(*x.shape[:-1], weight.shape[1]), 0
-
-
-class _BatchedLinear(torch.autograd.Function):
-    """``x @ weightᵀ + bias`` for each client: x [clients, n, in], weight [clients, out, in], bias [clients, out]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, pool: Pool) -> Tensor:
-        """Computes it."""
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.pool = bias is not None, pool
-        return torch.bmm(x, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, weight.mT)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Makes the weight's gradient in the weight's layout, where autograd's own would be transposed and copied."""
-        (gradient,) = gradients
-        x, weight = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        return (
-            torch.bmm(gradient, weight) if wants[0] else None,
-            _weight_gradient(gradient, x, ctx.pool) if wants[1] else None,
-            gradient.sum(1) if ctx.has_bias and wants[2] else None,
-            None,
-        )
-
-
-def _weight_gradient(gradient: Tensor, x: Tensor, pool: Pool) -> Tensor:
-    if torch.is_grad_enabled():  # a gradient of this gradient is wanted
-        return torch.bmm(gradient.mT, x)
-    shape = (len(x), gradient.shape[-1], x.shape[-1])
-    return torch.bmm(gradient.mT, x, out=pool.take(shape, torch.result_type(gradient, x)))
 
 
 def _convolution(
@@ -289,11 +267,8 @@ def _cross_entropy(
 
     def folded(x: Tensor, y: Tensor, shared: Sequence[bool]) -> tuple[Tensor, int]:
         y = y.expand(len(x), *y.shape) if shared[0] else y
-        counts = y != ignore_index
-        picked = torch.where(counts, y, 0).long().unsqueeze(-1)
-        # On CPUs four times as fast as log_softmax for few classes.
-        losses = x.logsumexp(-1) - x.gather(-1, picked).squeeze(-1)
-        return (losses * counts).sum(1) / counts.sum(1), 0
+        x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
+        return StackedCrossEntropy.apply(x, y, ignore_index), 0  # type: ignore[no-untyped-call]
 
     usual = (weight, size_average, reduce, reduction, label_smoothing) == (None, None, None, "mean", 0.0)
     classes = input.ndim == 2 and not target.is_floating_point()

@@ -19,7 +19,7 @@ from shoal.learners.torch_devices import DTYPES, computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, seeded
 from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
-from shoal.learners.torch_stacked import ELEMENT_WISE, MEMORY_SHARE, Stacking
+from shoal.learners.torch_stacked import ELEMENT_WISE, MEMORY_SHARE, Stacking, plain_rates
 from shoal.learners.torch_stacked_model import StackedModel, batch_means, sample_values
 from shoal.types import ModelState
 
@@ -144,8 +144,14 @@ class _Trial:
         resident.load(self._start)
         return [parameter.grad for parameter in resident.params.values()]
 
-    def together(self, stacking: Stacking, *, copies: int) -> list[Tensor | None]:
-        """Returns the gradients of both as one program, stacked, with so many copies of the two."""
+    def together(self, stacking: Stacking, *, copies: int, rate: float | None = None) -> list[Tensor | None]:
+        """Returns the gradients of both as one program, stacked.
+
+        Args:
+            stacking: How.
+            copies: How many copies of the two there are.
+            rate: The learning rate of steps that layers take at once, from which the gradients are found again.
+        """
         device, clients = self.learner.device, copies * len(SEEDS)
         buffers = dict(self.module.named_buffers())
         params = {
@@ -155,11 +161,17 @@ class _Trial:
         own = {name: torch.stack([buffers[name]] * clients) for name in stacking.changing}
         layers = PerClient(stacking.convolutions[0], Pool(device), stacking.noise_format)
         layers.generators = [torch.Generator(device).manual_seed(seed) for seed in SEEDS * copies]
+        layers.rates = {} if rate is None else {id(parameter): rate for parameter in params.values()}
         inputs, targets = (array.repeat(copies, *[1] * (array.ndim - 1)) for array in (self.inputs, self.targets))
         model = StackedModel(self.learner, BorrowedModule(self.module), layers)
         means = model.means({**params, **own}, inputs, targets)
         means["loss"].sum().backward()  # type: ignore[no-untyped-call]
-        return [parameter.grad for parameter in params.values()]
+        if rate is None:
+            return [parameter.grad for parameter in params.values()]
+        return [
+            (start.detach() - parameter.detach()) / rate + (0 if parameter.grad is None else parameter.grad)
+            for start, parameter in zip(self.learner.resident.params.values(), params.values(), strict=True)
+        ]
 
 
 def _noise_state(device: torch.device) -> Tensor:
@@ -191,16 +203,39 @@ def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
             found = trial.together(stacking, copies=1)
         difference = _difference(learner, expected, found)
         if difference is None:
-            return replace(stacking, repeatable=_is_repeatable(trial, stacking, found))
+            stacking = replace(stacking, steps_at_once=_steps_at_once(trial, stacking, expected))
+            return replace(stacking, repeatable=_is_repeatable(trial, stacking))
     raise CannotStackError(f"as one program its gradient would differ: {difference}")
 
 
-def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | None]) -> bool:
+def _steps_at_once(trial: _Trial, stacking: Stacking, expected: Sequence[Sequence[Tensor | None]]) -> bool:
+    """Tells whether linear layers may step their weights in the backward pass, where the optimizer is plain SGD."""
+    params = list(trial.learner.resident.params.values())
+    if not plain_rates(trial.learner.optimizer(params)):
+        return False
+    gradients = [gradient for gradient in expected[0] if gradient is not None]
+    # A step about as large as the weights, from which the gradient can be found again.
+    rate = _largest(params) / (_largest(gradients) or 1.0) or 1.0
+    try:
+        found = trial.together(stacking, copies=1, rate=rate)
+    except RuntimeError:  # autograd's own, of a weight that is needed after its step
+        return False
+    known = [[torch.zeros_like(p) if g is None else g for p, g in zip(params, one, strict=True)] for one in expected]
+    return _difference(trial.learner, known, found) is None
+
+
+def _largest(arrays: Sequence[Tensor]) -> float:
+    return max((float(array.detach().abs().max()) for array in arrays if array.numel()), default=0.0)
+
+
+def _is_repeatable(trial: _Trial, stacking: Stacking) -> bool:
     """Tells whether the clients' gradients have the same bits in larger blocks, as far as those can be tried."""
+    rate = 1.0 if stacking.steps_at_once else None
+    found = trial.together(stacking, copies=1, rate=rate)
     for copies in (2, 5):
         if not trial.fits(copies):
             return False
-        larger = trial.together(stacking, copies=copies)
+        larger = trial.together(stacking, copies=copies, rate=rate)
         for few, many in zip(found, larger, strict=True):
             if few is None or many is None:
                 continue
@@ -216,7 +251,7 @@ def _difference(
     names = list(learner.resident.params)
     for client, gradients in enumerate(expected):
         there = [gradient for gradient in gradients if gradient is not None]
-        largest = max((float(gradient.abs().max()) for gradient in there if gradient.numel()), default=0.0)
+        largest = _largest(there)
         for name, alone, stacked in zip(names, gradients, found, strict=True):
             if (alone is None) != (stacked is None):
                 return f"{name} has one only {'alone' if stacked is None else 'together'}"

@@ -71,6 +71,8 @@ class Stacking:
     """The fewest clients in a program: a grouped convolution of one group is another one, with other last bits."""
     repeatable: bool = True
     """Whether a client ends with the same bits in blocks of any size, as far as it was tried."""
+    steps_at_once: bool = False
+    """Whether linear layers may take a step of plain SGD in their backward pass: nothing needs the weights after."""
 
 
 class StackedTrainer:
@@ -202,6 +204,7 @@ class StackedTrainer:
         layers = PerClient(work.convolution, pool, self._stacking.noise_format)
         model = StackedModel(learner, start.borrowed, layers)
         program = _Block(learner, model, start, _stacks(start, clients, pool), pool)
+        layers.rates = program.rates() if self._stacking.steps_at_once else {}
         sums: dict[str, Tensor] = {}
         for number, parts in enumerate(plan.steps):
             total: Tensor | None = None
@@ -278,12 +281,20 @@ class _Block:
                 stacked[rows] = state[name]
         return means
 
+    def rates(self) -> dict[int, float]:
+        """Returns the learning rates of the parameters whose step needs their gradient alone, by their ids."""
+        if self._objective.active or self._learner.clip_norm is not None:
+            return {}
+        return plain_rates(self._optimizer)
+
     def step(self) -> None:
         """Takes one optimizer step on the gradients of all clients."""
         self._objective.add()
+        gradients = [p.grad for p in self._params.values() if p.grad is not None]
         if self._learner.clip_norm is not None:
-            _clip_rows([p.grad for p in self._params.values() if p.grad is not None], self._learner.clip_norm)
-        self._optimizer.step()
+            _clip_rows(gradients, self._learner.clip_norm)
+        if gradients:  # the layers have not taken all steps
+            self._optimizer.step()
 
     def release(self) -> None:
         """Lets go of the gradients."""
@@ -350,6 +361,19 @@ def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Ten
     optimizer = type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
     allow_recording(optimizer)
     return optimizer
+
+
+def plain_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    """Returns the rates of those parameters that make a step of plain SGD, ``w − rate · gradient``, by their ids."""
+    if type(optimizer) is not torch.optim.SGD:
+        return {}
+    return {
+        id(parameter): group["lr"]
+        for group in optimizer.param_groups
+        if not any(group[name] for name in ("momentum", "weight_decay", "maximize"))
+        and not isinstance(group["lr"], Tensor)
+        for parameter in group["params"]
+    }
 
 
 @torch.no_grad()
