@@ -23,20 +23,6 @@ MOST = 4
 """How many recordings are kept at once, because each has memory of its own: blocks of the usual size, and the last of a
 round."""
 
-RECORDABLE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-)
-"""Optimizers that count their steps on the host, if at all. ASGD counts on the device, and reads from it."""
-
 T = TypeVar("T")
 
 Arrays = Mapping[str, Tensor]
@@ -259,33 +245,6 @@ class Recordings:
         self.refusal = reason
         self.keep(lambda _: False)
         logger.warning("blocks are not recorded as CUDA graphs, and run as before: %s", reason)
-
-
-def allow_recording(optimizer: torch.optim.Optimizer) -> None:
-    """Lets a step be recorded that counts on the host.
-
-    torch refuses that, because the count would be the same in each replay. Here it is to be: an optimizer lives for one
-    block, and a block is recorded from its first step to its last. The numbers are those of the optimizer as the user
-    made it; with ``capturable=True`` they would be others, because the corrections for the first steps are then
-    computed in 32 bits.
-    """
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # torch 2.12, and 2.11
-        setattr(optimizer, name, lambda: None)
-
-
-def optimizer_settings(optimizer: torch.optim.Optimizer) -> str | None:
-    """Returns what tells an optimizer's steps from another's, but for its arrays; None if it cannot be recorded."""
-    if type(optimizer) not in RECORDABLE:
-        return None
-    groups = [
-        {name: value for name, value in group.items() if name not in ("params", "param_names")}
-        for group in optimizer.param_groups
-    ]
-    values = [value for group in groups for value in group.values()]
-    parts = [part for value in values for part in (value if isinstance(value, tuple | list) else [value])]
-    if any(isinstance(part, Tensor) for part in parts):  # read where it is, and when
-        return None
-    return repr([(len(group["params"]), own) for group, own in zip(optimizer.param_groups, groups, strict=True)])
 
 
 def _agree(found: Tensor, expected: Tensor, coarsest: torch.dtype) -> bool:

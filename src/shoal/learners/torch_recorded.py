@@ -12,10 +12,11 @@ from torch import Tensor
 from shoal import trees
 from shoal.learners.torch_blocks import Cutter, Schedule
 from shoal.learners.torch_devices import DTYPES
-from shoal.learners.torch_graphs import Recorder, Recordings, optimizer_settings
+from shoal.learners.torch_graphs import Recorder, Recordings
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule
 from shoal.learners.torch_per_client import Convolution
+from shoal.learners.torch_stacked_optimizer import optimizer_settings
 from shoal.types import Broadcast, StackedUpdate
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from shoal.learners.torch_devices import DTYPES, computing, free_memory
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, seeded
 from shoal.learners.torch_per_client import CONVOLUTIONS, PerClient
-from shoal.learners.torch_stacked import ELEMENT_WISE, MEMORY_SHARE, Stacking, plain_rates
+from shoal.learners.torch_stacked import MEMORY_SHARE, Stacking
 from shoal.learners.torch_stacked_model import StackedModel, batch_means, sample_values
+from shoal.learners.torch_stacked_optimizer import ELEMENT_WISE, plain_rates
 from shoal.types import ModelState
 
 if TYPE_CHECKING:

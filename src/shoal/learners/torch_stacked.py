@@ -16,32 +16,17 @@ from shoal.data import Dataset
 from shoal.learners.batches import draw_seed
 from shoal.learners.torch_blocks import BlockData, Part, Schedule, schedule
 from shoal.learners.torch_devices import computing, free_memory
-from shoal.learners.torch_graphs import CudaGraphs, Recorder, allow_recording
+from shoal.learners.torch_graphs import CudaGraphs, Recorder
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_model import BorrowedModule, ObjectiveGradient
 from shoal.learners.torch_per_client import Convolution, PerClient
 from shoal.learners.torch_recorded import RecordedBlocks, Start, Work
 from shoal.learners.torch_stacked_model import StackedModel
+from shoal.learners.torch_stacked_optimizer import plain_rates, stacked_optimizer
 from shoal.types import Broadcast, StackedUpdate
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
-
-ELEMENT_WISE = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.ASGD,
-)
-"""Optimizers that treat each number by itself, and so many clients' numbers as those of one large model."""
-
 
 RECORDED = ", recorded"
 """Ends the name of a variant in which blocks are recorded and replayed."""
@@ -342,37 +327,6 @@ def _stacks(start: Start, clients: int, pool: Pool) -> dict[str, Tensor]:
     return {
         name: pool.lend((clients, *array.shape), array.dtype).copy_(array.detach())
         for name, array in start.arrays.items()
-    }
-
-
-def stacked_optimizer(template: torch.optim.Optimizer, stacked: Mapping[int, Tensor]) -> torch.optim.Optimizer:
-    """Returns the same optimizer over stacked parameters.
-
-    Args:
-        template: The user's optimizer over the parameters of one client, with the groups that the user made of them.
-        stacked: The stacked parameter for each of those, by its id.
-    """
-    groups = [
-        {**group, "params": [stacked[id(parameter)] for parameter in group["params"]]}
-        for group in template.param_groups
-    ]
-    for group in groups:
-        group.pop("param_names", None)
-    optimizer = type(template)(groups)  # type: ignore[call-arg]  # every setting is in the groups
-    allow_recording(optimizer)
-    return optimizer
-
-
-def plain_rates(optimizer: torch.optim.Optimizer) -> dict[int, float]:
-    """Returns the rates of those parameters that make a step of plain SGD, ``w − rate · gradient``, by their ids."""
-    if type(optimizer) is not torch.optim.SGD:
-        return {}
-    return {
-        id(parameter): group["lr"]
-        for group in optimizer.param_groups
-        if not any(group[name] for name in ("momentum", "weight_decay", "maximize"))
-        and not isinstance(group["lr"], Tensor)
-        for parameter in group["params"]
     }
 
 

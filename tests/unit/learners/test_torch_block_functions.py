@@ -13,7 +13,7 @@ import shoal
 from shoal.learners.torch_block_functions import StackedCrossEntropy, StackedLinear
 from shoal.learners.torch_memory import Pool
 from shoal.learners.torch_stackable import find_stacking
-from shoal.learners.torch_stacked import plain_rates
+from shoal.learners.torch_stacked_optimizer import plain_rates
 from support import CLASSES, FEATURES, Mlp, assert_equal, learner, population, samples
 
 POOL = Pool(torch.device("cpu"))
