@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from shoal.data import Dataset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices
-from shoal.errors import ConfigurationError, DataError
+from shoal.errors import CannotStackError, ConfigurationError, DataError
 from shoal.learners.batches import batch_sizes, draw_order, draw_seed
 from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
@@ -94,6 +94,11 @@ class TorchLearner:
     """Examples in a batch of :meth:`evaluate`; it changes speed and memory, not the means."""
     devices: Devices = field(default_factory=Devices)
     """Where the model lives."""
+    compile: bool = False
+    """Whether the model's forward pass goes through ``torch.compile``, as one graph: for large models that one client
+    trains for long, because each process takes from seconds to minutes to compile. Dropout draws other noise than
+    uncompiled. A model that cannot be compiled is refused. Clients are not stacked: for the engines ``sequential``,
+    ``process`` and ``distributed``."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "steps", "eval_batch_size"):
@@ -119,7 +124,7 @@ class TorchLearner:
 
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, its arrays on the learner's device."""
-        resident = ResidentModel(self.model, self.device, seed)
+        resident = ResidentModel(self.model, self.device, seed, compiles=self.compile)
         self.__dict__["resident"] = resident  # the slot of the cached property
         return resident.state()
 
@@ -158,7 +163,7 @@ class TorchLearner:
             for start in range(0, len(data), self.eval_batch_size):
                 inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 with self.autocast():
-                    output = resident.module(inputs)
+                    output = resident.call(inputs)
                     loss = self.loss(output, targets)
                 tally.add({"loss": loss, **self.measure(output, targets)}, len(inputs))
         return tally.means()
@@ -168,6 +173,7 @@ class TorchLearner:
 
         Raises:
             DataError: The model or the loss does not take the data, or a label has no output.
+            ConfigurationError: The model is to be compiled and cannot be.
         """
         resident = self.resident
         resident.module.eval()
@@ -188,6 +194,20 @@ class TorchLearner:
             raise DataError(
                 f"the loss must be one number for a batch, but has shape {tuple(loss.shape)}; take its mean"
             )
+        if self.compile:
+            self._try_compiled(inputs, targets)
+
+    def _try_compiled(self, inputs: Any, targets: Tensor) -> None:
+        """Makes one step's gradient, and leaves no trace of it."""
+        resident = self.resident
+        before = resident.state()
+        resident.module.train()
+        try:
+            with seeded(self.device, 0), self.autocast():
+                self.loss(resident.call(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        finally:
+            resident.drop_gradients()
+            resident.load(before)
 
     def state_dict(self, model: ModelState) -> Params:
         """Returns the arrays as ``Module.load_state_dict`` takes them, tied weights under each of their names."""
@@ -202,6 +222,8 @@ class TorchLearner:
         Raises:
             CannotStackError: That would not be exact, or torch cannot do it; the message names the reason.
         """
+        if self.compile:
+            raise CannotStackError("compile=True compiles the model of one client, not of many at once")
         return StackedTrainer(self, find_stacking(self, dataset))
 
     def on(self, devices: Devices) -> Self:
@@ -223,7 +245,7 @@ class TorchLearner:
     @cached_property
     def resident(self) -> ResidentModel:
         """The one module on the device that all clients pass through."""
-        return ResidentModel(self.model, self.device, seed=0)
+        return ResidentModel(self.model, self.device, seed=0, compiles=self.compile)
 
     @cached_property
     def samples(self) -> ResidentSamples:
@@ -299,7 +321,7 @@ class _LocalStep:
     def __call__(self) -> Tensor:
         self._resident.drop_gradients()
         with self._learner.autocast():
-            output = self._resident.module(self._inputs)
+            output = self._resident.call(self._inputs)
             loss = self._learner.loss(output, self._targets)
         if self._scaler is None:
             loss.backward()  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from shoal import trees
 from shoal.errors import ConfigurationError
+from shoal.learners.torch_compiled import compiled
 from shoal.types import Array, Broadcast, ModelState, Params
 
 ModuleSource = nn.Module | Callable[[], nn.Module]
@@ -27,18 +28,21 @@ class ResidentModel:
         device: Where it lives.
         seed: Seeds torch while the function makes the module, on the CPU whatever the device, so that the first
             parameters are the same everywhere.
+        compiles: Whether :attr:`call` is compiled.
 
     Raises:
         ConfigurationError: The module has nothing to train, or parameters that cannot be averaged.
     """
 
-    def __init__(self, source: ModuleSource, device: torch.device, seed: int) -> None:
+    def __init__(self, source: ModuleSource, device: torch.device, seed: int, *, compiles: bool = False) -> None:
         with seeded(torch.device("cpu"), seed):
             module = deepcopy(source) if isinstance(source, nn.Module) else source()
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"the model must be a torch.nn.Module or make one, not {type(module).__name__}")
         _check_parameters(module)
         self.module = module.to(device)
+        self.call: Callable[[Any], Any] = compiled(self.module) if compiles else self.module
+        """Runs the module on a batch."""
         self.device = device
         persistent = self.module.state_dict(keep_vars=True)
         parameters = dict(self.module.named_parameters())
