@@ -153,7 +153,8 @@ class Recordings:
 
     The first time a program runs as it is, because most come once. The second time it is rehearsed and recorded; the
     third time it is replayed, and must come to what the program itself comes to; from then on it is replayed. Where it
-    cannot be recorded, or comes to something else, one line says why, and all programs run as they are from then on.
+    cannot be recorded, comes to something else, or takes the memory that others need, one line says why, and all
+    programs run as they are from then on.
 
     Args:
         recorder: How.
@@ -178,8 +179,12 @@ class Recordings:
     def fix(self, *objects: object) -> None:
         """Says what the programs read in place; recordings that read something else are let go of."""
         if len(objects) != len(self._fixed) or any(a is not b for a, b in zip(objects, self._fixed, strict=True)):
-            self.keep(lambda _: False)
+            self.clear()
             self._fixed = objects
+
+    def clear(self) -> None:
+        """Lets go of all recordings and their memory."""
+        self.keep(lambda _: False)
 
     def keep(self, wanted: Callable[[Any], bool]) -> None:
         """Lets go of all recordings and their memory, but for those whose key is wanted."""
@@ -200,6 +205,15 @@ class Recordings:
             inputs: All that it reads and that differs from one run to the next.
             plain: Runs the same on the same inputs, in the cheapest way.
         """
+        try:
+            return self._run(key, program, inputs, plain)
+        except torch.OutOfMemoryError:
+            if not self._recordings:
+                raise
+        self._refuse("their memory leaves too little for the blocks")
+        return self.pass_by(plain)
+
+    def _run(self, key: Hashable, program: Program, inputs: Arrays, plain: Step) -> dict[str, Tensor]:
         recording = self._recordings.get(key)
         if recording is not None and recording.checked:
             self.last = "replay"
@@ -243,7 +257,7 @@ class Recordings:
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
-        self.keep(lambda _: False)
+        self.clear()
         logger.warning("blocks are not recorded as CUDA graphs, and run as before: %s", reason)
 
 

@@ -94,7 +94,7 @@ class RecordedBlocks:
         return len(self._recordings)
 
     def keep(self, convolution: str | None) -> None:
-        """Lets go of the memory of all recordings, but for those of one way to run convolutions."""
+        """Lets go of the memory of all recordings, but for those of one way to run convolutions; None for all of it."""
         self._recordings.keep(lambda key: key[0] == convolution)
 
     def fit(self, start: Start, work: Work, run: Run, pool: Pool) -> StackedUpdate:

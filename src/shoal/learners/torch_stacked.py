@@ -149,7 +149,8 @@ class StackedTrainer:
                 return self._fit(broadcast, clients, variant)
         except RuntimeError as error:  # torch.OutOfMemoryError on CUDA is one
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                self.settle(self._stacking.convolutions[0])  # what was recorded may be what took the room
+                if self._recorded is not None:
+                    self._recorded.keep(None)  # there may be room without them
                 raise MemoryError(str(error).splitlines()[0]) from error
             raise
 

@@ -305,6 +305,25 @@ def test_memory_is_let_go_of_when_a_block_does_not_fit(monkeypatch):
     assert recorder.held == 0
 
 
+def test_recordings_that_leave_no_room_for_the_block_itself_go_and_the_block_is_not_lost(monkeypatch, caplog):
+    caplog.set_level(logging.WARNING, "shoal")
+    recorder = Rerun()
+    _, recorded, fit = replaying(recorder)
+    run, room = StackedTrainer._run, []
+
+    def tight(self, start, work, pool):
+        room.append(recorder.held == 0)
+        if not room[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(self, start, work, pool)
+
+    monkeypatch.setattr(StackedTrainer, "_run", tight)
+    fit(rows=range(3))
+    assert room == [False, True]
+    assert recorded.variants == (USUAL,)
+    assert "their memory leaves too little for the blocks" in caplog.text
+
+
 def test_recordings_do_not_outlive_the_model_or_the_data_that_they_read():
     recorder = Rerun()
     ours, recorded, fit = replaying(recorder)
