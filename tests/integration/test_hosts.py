@@ -30,7 +30,11 @@ from launches import (
     wait_for_lines,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root may make network namespaces"),
+    pytest.mark.skipif(not shutil.which("ip"), reason="there is no ip command to make hosts with: install iproute2"),
+]
 
 PROMISED = 30.0
 """Seconds in which all have ended after one has."""
@@ -112,10 +116,6 @@ def linked_hosts():
 @pytest.fixture(scope="module")
 def machines():
     """Two hosts, where this machine can be made to be two."""
-    if os.geteuid():
-        pytest.skip("only root may make network namespaces")
-    if not shutil.which("ip"):
-        pytest.skip("there is no ip command to make network namespaces with: install iproute2")
     if refused := why_not():
         pytest.skip(f"no linked network namespaces can be made here: {refused}")
     with linked_hosts() as hosts:
