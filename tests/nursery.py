@@ -13,12 +13,13 @@ import importlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 PRELOADED = (
     "federations",
@@ -76,7 +77,7 @@ class Nursery:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
-    def start(self, run, *, output, arguments=(), environment=None, cwd=".", settings=None, netns=None):
+    def start(self, run, *, output, arguments=(), environment=None, cwd=".", settings=None, host=None):
         """Starts a process.
 
         Args:
@@ -86,11 +87,11 @@ class Nursery:
             environment: Set, on top of this process's.
             cwd: Where.
             settings: Set in modules before the start, by ``module:name``.
-            netns: The network namespace to run in.
+            host: The network namespace to run in, as on a machine of that name.
         """
         pid = self.ask(
             run=run, output=str(output), arguments=[*map(str, arguments)], environment=environment or {}, cwd=str(cwd),
-            settings=settings or {}, netns=netns,
+            settings=settings or {}, host=host,
         )  # fmt: skip
         return Child(self, pid, Path(output))
 
@@ -100,13 +101,20 @@ class Nursery:
         self._process.wait(10)
 
 
+def move_to(host):
+    """Moves this process to a network namespace, on a machine of that name as far as it can tell."""
+    system = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{host}") as handle:  # noqa: PTH123 - its number is wanted, not its content
+        if system.setns(handle.fileno(), CLONE_NEWNET) or system.unshare(CLONE_NEWUTS):
+            raise OSError(ctypes.get_errno(), f"cannot move to {host}")
+    socket.sethostname(host)
+
+
 def become(request):
     """Makes this process, just forked, the one that was asked for; returns what it is to run."""
     os.setpgid(0, 0)
-    if request["netns"]:
-        with open(f"/run/netns/{request['netns']}") as handle:  # noqa: PTH123 - its number is wanted, not its content
-            if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), CLONE_NEWNET):
-                raise OSError(ctypes.get_errno(), "setns")
+    if request["host"]:
+        move_to(request["host"])
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)

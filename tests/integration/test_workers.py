@@ -16,118 +16,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-import federations
-from nursery import Nursery
-from support import timeless
-
-TESTS = Path(__file__).parents[1]
-EXPERIMENT = TESTS / "federations.py"
-SOON = 20.0
-"""Seconds in which all have ended after one has; 30 are promised."""
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
-
-
-class Launch:
-    """Workers as a launcher starts them."""
-
-    def __init__(self, nursery, folder, arguments=(), *, workers=2, ranks=None, restarts=0, fault=None, **options):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        self._environment = {"WORLD_SIZE": str(workers), "LOCAL_WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1"}
-        self._environment |= {"MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": str(restarts)}
-        self._environment[federations.FAULT] = json.dumps(fault or {})
-        self._nursery, self._folder, self._arguments, self._options = nursery, folder, arguments, options
-        self.children = []
-        for rank in range(workers) if ranks is None else ranks:
-            self.start(rank)
-
-    def start(self, rank):
-        """Starts one worker."""
-        environment = self._environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        options = {"run": "federations:command"} | self._options
-        self.children.append(
-            self._nursery.start(
-                output=self._folder / f"said-{rank}", arguments=self._arguments, cwd=self._folder,
-                environment=environment, **options,
-            )
-        )  # fmt: skip
-
-    def codes(self, seconds=60):
-        """Waits for all; returns their exit codes."""
-        return [child.wait(seconds) for child in self.children]
-
-    @property
-    def told(self):
-        return [child.told for child in self.children]
-
-
-def federate(folder, *more):
-    return ["federate", EXPERIMENT, "--run-dir", folder / "run", *more]
-
-
-@pytest.fixture(scope="module")
-def alone(nursery, tmp_path_factory):
-    """The run of one process without a launcher."""
-    folder = tmp_path_factory.mktemp("alone")
-    child = nursery.start("federations:command", output=folder / "said", arguments=federate(folder), cwd=folder)
-    assert child.wait() == 0, child.told
-    return folder / "run"
-
-
-def wait_for_lines(run, count):
-    """Waits until a run has begun, and so many of its rounds are done."""
-    metrics = run / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= count)
-
-
-def wait_for(what, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def records(run):
-    return [json.loads(line) for line in timeless(run / "metrics.jsonl")]
-
-
-def assert_same(folder, reference, atol):
-    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, reference))
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=atol)
-    for line, expected in zip(records(folder), records(reference), strict=True):
-        assert list(line) == list(expected)
-        assert line.pop("failed") == expected.pop("failed")
-        assert line == pytest.approx(expected, rel=0, abs=10 * atol)
-
-
-def one_process(nursery, folder, *more):
-    child = nursery.start("federations:command", output=folder / "said", arguments=federate(folder, *more), cwd=folder)
-    return child.wait(), child.told
-
-
-ERROR = re.compile(r"^shoal: (?:error: )?(.*)$", re.M)
-
-
-def said(launch):
-    """What each worker has told the user of an end, beside its progress."""
-    return [ERROR.findall(told) for told in launch.told]
-
-
-def assert_clean(launch):
-    """No worker but the first has said anything, and nothing has ended in a way of its own."""
-    for told in launch.told:
-        assert "terminate called" not in told
-        assert "Exception ignored" not in told
-    assert launch.told[1:] == [""] * (len(launch.children) - 1)
+from launches import (
+    EXPERIMENT,
+    LONG,
+    QUICK,
+    SOON,
+    TESTS,
+    Launch,
+    assert_clean,
+    assert_same,
+    fault,
+    federate,
+    one_process,
+    records,
+    said,
+    wait_for,
+    wait_for_lines,
+)
 
 
 class TestTheSameRun:
@@ -193,25 +99,6 @@ class TestFailingClients:
         assert re.search(r"client \d failed in round 1: ZeroDivisionError: the user's own data \(.*allowed", message)
         assert 'federations.py", line' in launch.told[0]
         assert launch.told[0].endswith(f"{message}\n")
-
-
-PLACES = {
-    "joining": ("torch.distributed:init_process_group", 1),
-    "agreeing": ("shoal.engines:Workers.agree", 1),
-    "opening the folder": ("shoal.federation.run:RunFolder.open", 1),
-    "the first state": ("shoal.engines:Workers.copy_leader", 1),
-    "training": ("shoal.engines.sequential:attempt", 3),
-    "the sum": ("torch.distributed:all_reduce", 3),
-    "measuring": ("shoal.learners.torch:TorchLearner.evaluate", 4),
-    "saving": ("shoal.runs.checkpoints:Checkpoints.save", 2),
-    "delivering": ("shoal.federation.storage:RunStorage.deliver", 1),
-    "the last copy": ("shoal.engines:Workers.copy_leader", 2),
-}
-
-
-def fault(place, rank, does, when="before"):
-    where, call = PLACES[place]
-    return {"rank": rank, "where": where, "call": call, "after": when == "after", "does": does}
 
 
 class TestEnds:
@@ -290,13 +177,7 @@ class TestEnds:
             assert said(launch)[0] == [f"{failed} the test's"]
 
     def test_a_client_that_raises_on_one_worker_is_that_clients_failure(self, nursery, tmp_path):
-        broken = {
-            "rank": 1,
-            "where": "shoal.learners.torch:TorchLearner.fit",
-            "call": 2,
-            "after": False,
-            "does": "raise",
-        }
+        broken = fault("a client", 1, "raise")
         launch = Launch(nursery, tmp_path, federate(tmp_path), workers=2, fault=broken)
         assert launch.codes(SOON) == [1, 1], launch.told
         assert_clean(launch)
@@ -306,13 +187,6 @@ class TestEnds:
             re.M,
         )
         assert launch.told[0].count("\nTraceback") <= 2
-
-
-QUICK = {
-    "shoal.engines.control:BEAT": 0.2,
-    "shoal.engines.control:SILENCE": 2.0,
-    "shoal.engines.torch_group:STALL": 3.0,
-}
 
 
 class TestSilence:
@@ -496,9 +370,6 @@ def gone(pid, seconds=10.0):
             return True
         time.sleep(0.02)
     return False
-
-
-LONG = ("--set", "pause=0.02")
 
 
 def torchrun(folder, *options, arguments=()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import fcntl
+import ipaddress
 import os
 import socket
 import struct
@@ -11,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # no stub says they are public
 
+from shoal.engines.control import SILENCE
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.types import Array
 
@@ -26,8 +29,14 @@ SIOCGIFADDR = 0x8915
 CONNECT = 5.0
 """Seconds that torch waits for one step of another worker while they join, five of them at most. No signal ends it."""
 
+IPV6_ADDRESSES = Path("/proc/net/if_inet6")
+"""Where the operating system lists its IPv6 addresses, each with its interface."""
+
 STALL = 20.0
 """Seconds without progress after which torch gives a transfer up. Until then a process with one cannot end."""
+
+CLOSED = 2.0
+"""Seconds in which a worker's end shows after torch has seen its closed connection."""
 
 PIECE = 1 << 26
 """Bytes that are copied at a time: torch sees no progress within one copy."""
@@ -101,7 +110,7 @@ class TorchGroup:
         self._watch = watch
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         timeout = datetime.timedelta(seconds=CONNECT)
-        with self._explained(), _gloo_over(interface):
+        with self._explained(CLOSED), _gloo_over(interface):
             if dist.is_initialized():  # the user's script has a group of its own, for purposes of its own
                 self._group: Any = dist.new_group(backend=backend, timeout=timeout)
             else:
@@ -165,12 +174,12 @@ class TorchGroup:
             work.wait()
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raises what ended a transfer: a worker's end, which may show a moment later than its closed connection."""
+    def _explained(self, seconds: float = SILENCE) -> Iterator[None]:
+        """Raises what ended a transfer: a worker's end, which may show only so much later than torch gives up."""
         try:
             yield
         except RuntimeError as error:
-            until = time.monotonic() + 2.0
+            until = time.monotonic() + seconds
             while time.monotonic() < until:
                 self._watch()
                 time.sleep(0.05)
@@ -178,7 +187,12 @@ class TorchGroup:
 
 
 def interface_of(address: str) -> str | None:
-    """Returns the name of this machine's network interface that has an IPv4 address; None where none has."""
+    """Returns the name of this machine's network interface that has an IP address; None where none has."""
+    wanted = ipaddress.ip_address(address.partition("%")[0])
+    if wanted.version == 6:
+        known = IPV6_ADDRESSES.read_text() if IPV6_ADDRESSES.exists() else ""
+        lines = (line.split() for line in known.splitlines())
+        return next((name for number, *_, name in lines if int(number, 16) == int(wanted)), None)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             question = struct.pack("256s", name.encode()[:15])
@@ -186,7 +200,7 @@ def interface_of(address: str) -> str | None:
                 answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, question)
             except OSError:
                 continue
-            if socket.inet_ntoa(answer[20:24]) == address:
+            if answer[20:24] == wanted.packed:
                 return name
     return None
 

@@ -108,8 +108,8 @@ class Workers:
         own = self._control.address()
         self.gather("ready", True)
         everywhere = self.from_leader("address", own)
-        # Where the leader meets others over a network, this machine's loopback interface leads to none of them.
-        interface = interface_of(own) if is_loopback(own) <= is_loopback(everywhere) else None
+        # The loopback interface leads to no other machine: who meets the leader over it uses that one's interface.
+        interface = interface_of(everywhere if is_loopback(own) else own)
         self._group = TorchGroup(self._store, self.rank, self.count, interface=interface, watch=self._control.watch)
 
     def agree(self, facts: Mapping[str, Any], device: str) -> None:

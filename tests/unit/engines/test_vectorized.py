@@ -6,11 +6,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import shoal
+from shoal.data import ArrayDataset, Population
 from shoal.engines import VectorizedEngine, choose_engine
-from shoal.engines.blocks import by_work, next_block
 from shoal.errors import CannotStackError, ClientError, ConfigurationError
+from shoal.learners.torch_blocks import BlockData
 from shoal.types import Broadcast
 from support import BatchNormNet, Mlp, assert_equal, learner, population, samples, tasks
 
@@ -162,20 +164,42 @@ def test_every_element_wise_optimizer_equals_the_reference(kind):
     assert_equal(found, shoal.federate(ours, clients, rounds=2, engine="sequential").params, atol=1e-9)
 
 
-def test_of_ten_thousand_lognormal_clients_every_sample_is_seen_once_and_little_is_padding():
-    sizes = np.maximum(np.random.default_rng(0).lognormal(4, 1, size=10_000).astype(int), 1)
-    work = sizes.tolist()
-    ours = learner(batch_size=10)
-    trainer = ours.stacked(samples(40))
-    order, start, seen, computed = by_work(work), 0, 0, 0.0
-    while start < len(order):
-        block = next_block(order, work, start, 50)
-        examples = [work[client] for client in block]
-        seen += sum(examples)
-        computed += sum(examples) / (1 - trainer.padding(examples))
-        start += len(block)
-    assert seen == sizes.sum()
-    assert 1 - seen / computed < 0.15
+@pytest.mark.parametrize(("mean", "batch_size"), [(2, 10), (3, 32)])
+def test_of_ten_thousand_lognormal_clients_every_sample_is_trained_on_once_and_little_is_padding(
+    mean, batch_size, monkeypatch
+):
+    sizes = np.maximum(np.random.default_rng(0).lognormal(mean, 1, size=10_000).astype(int), 1)
+    total = int(sizes.sum())
+    ids = np.arange(total, dtype=np.float32)[:, None]
+    clients = Population(
+        ArrayDataset(ids, np.arange(total) % 2), np.arange(total), np.concatenate([[0], sizes.cumsum()])
+    )
+    seen, computed = np.zeros(total, dtype=int), 0
+    load = BlockData.load
+
+    def watched(*arguments):
+        batches = load(*arguments)
+
+        def cut(part):
+            nonlocal computed
+            inputs, targets, masks = batches(part)
+            computed += inputs.shape[0] * inputs.shape[1]
+            real = inputs if masks is None else inputs[masks > 0]
+            np.add.at(seen, real.flatten().long().numpy(), 1)
+            return inputs, targets, masks
+
+        return cut
+
+    ours = learner(lambda: nn.Linear(1, 2), transform=lambda inputs: inputs / total, batch_size=batch_size)
+    engine = VectorizedEngine(block_size=50)
+    engine.open(ours, clients)
+    monkeypatch.setattr(BlockData, "load", watched)
+    broadcast = Broadcast(round=1, model=ours.init(0))
+    results = list(engine.run(ours, broadcast, tasks(clients, range(10_000))))
+    assert sorted(client for result in results for client in result.clients) == list(range(10_000))
+    assert sum(result.updates.weights.sum() for result in results) == total
+    assert (seen == 1).all()
+    assert 1 - total / computed < 0.15
 
 
 def test_auto_leaves_unequal_clients_that_cannot_be_padded_to_the_sequential_engine():
