@@ -21,17 +21,17 @@ row() {  # model cohort engine precision baseline
   local found
   if ! found="$(timeout 300 "$shoal" bench simulate --model "$1" --population 1000 --cohort "$2" --engine "$3" \
       --precision "$4" --baseline "$5" --device cuda --rounds 4 --json 2>"$said")"; then
-    echo "| $1 | $2 | $3 | $4 | $5 | failed: $(tail -n 1 "$said") | | | |"
+    echo "| $1 | $2 | $3 | $4 | $5 | failed: $(tail -n 1 "$said") | | | | |"
     return
   fi
-  printf '| %s | %s | %s | %s | %s | %.0f | %s | %.0f | %.1f |\n' "$1" "$2" "$3" "$4" "$5" \
-    "$(field clients_per_second <<<"$found")" "$(field block_size <<<"$found")" \
+  printf '| %s | %s | %s | %s | %s | %.0f | %s | %s | %.0f | %.1f |\n' "$1" "$2" "$3" "$4" "$5" \
+    "$(field clients_per_second <<<"$found")" "$(field block_size <<<"$found")" "$(field variant <<<"$found")" \
     "$(($(field peak_device_bytes <<<"$found") / 1048576))" "$(field baseline_ratio <<<"$found")"
 }
 
 echo
-echo "| model | cohort | engine | precision | baseline | clients/s | block | device MiB | times the baseline |"
-echo "|---|---:|---|---|---|---:|---:|---:|---:|"
+echo "| model | cohort | engine | precision | baseline | clients/s | block | run | device MiB | times the baseline |"
+echo "|---|---:|---|---|---|---:|---:|---|---:|---:|"
 for model in $models; do
   for cohort in $cohorts; do
     for precision in fp32 bf16; do

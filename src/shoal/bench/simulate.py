@@ -65,6 +65,8 @@ class Measurement:
     """The baseline's time for the same work, as a multiple; None where none was run."""
     block_size: int | None
     """The block size that was found; None for engines without."""
+    variant: str | None
+    """How its blocks were found to run best; None for engines without."""
     threads: int
     """CPU threads that one operation may use."""
 
@@ -134,6 +136,7 @@ def simulate(
         peak_device_bytes=sum(device for _, device in peaks),
         baseline_ratio=statistics.median(theirs) / seconds if theirs else None,
         block_size=local.found_block_size if isinstance(local, VectorizedEngine) else None,
+        variant=local.found_variant if isinstance(local, VectorizedEngine) else None,
         threads=_threads(local, learner.devices),
     )
 
