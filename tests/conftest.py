@@ -11,6 +11,9 @@ from hypothesis import settings
 settings.register_profile("shoal", deadline=None)
 settings.load_profile("shoal")
 
+# What a shell starts in the background is deaf to SIGINT, and so would be all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(autouse=True)
 def handlers_of_signals():
