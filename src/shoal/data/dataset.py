@@ -206,9 +206,11 @@ class Subset:
     """
 
     def __init__(self, dataset: Dataset, indices: np.ndarray) -> None:
-        # A part of a part costs one look-up, not two.
-        self.dataset: Dataset = dataset.dataset if isinstance(dataset, Subset) else dataset
-        self.indices: np.ndarray = dataset.indices[indices] if isinstance(dataset, Subset) else indices
+        if isinstance(dataset, Subset):  # a part of a part costs one look-up, not two
+            indices = dataset.indices[indices]
+            dataset = dataset.dataset
+        self.dataset: Dataset = dataset
+        self.indices: np.ndarray = indices
 
     @property
     def classes(self) -> int | None:

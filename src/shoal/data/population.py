@@ -70,10 +70,12 @@ class Population(Sequence[Dataset]):
     def __getitem__(self, client: int | slice) -> Dataset | Sequence[Dataset]:
         if isinstance(client, slice):
             return [self[index] for index in range(*client.indices(len(self)))]
-        if not -len(self) <= client < len(self):
-            raise IndexError(f"client {client} of {len(self)}")
-        client %= len(self)
-        return Subset(self.dataset, self._order[self._offsets[client] : self._offsets[client + 1]])
+        count = len(self)
+        if not -count <= client < count:
+            raise IndexError(f"client {client} of {count}")
+        first = client % count
+        start, end = self._offsets[first : first + 2].tolist()  # numpy's own numbers make a slow slice
+        return Subset(self.dataset, self._order[start:end])
 
     @property
     def sizes(self) -> np.ndarray:

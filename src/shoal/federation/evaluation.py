@@ -71,6 +71,6 @@ class ClientMetrics:
         summary: dict[str, float] = {}
         for name, values in self._values.items():
             summary[f"{self._prefix}_{name}"] = float(np.average(values, weights=self._weights[name]))
-            for label, percentile in PERCENTILES.items():
-                summary[f"{self._prefix}_{name}_{label}"] = float(np.percentile(values, percentile))
+            at = np.percentile(values, list(PERCENTILES.values())).tolist()
+            summary |= {f"{self._prefix}_{name}_{label}": value for label, value in zip(PERCENTILES, at, strict=True)}
         return summary
