@@ -14,6 +14,10 @@ REMEMBERED = 20
 SLOWEST = 0.2
 """No worker counts as slower than this share of the mean, so that a single bad round does not idle it."""
 
+ALIKE = 1.15
+"""Workers whose speeds differ by a smaller factor count as equally fast: so much differs by chance from run to run, and
+unequal shares of equal clients fill their blocks unequally."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
@@ -90,7 +94,8 @@ class CostEstimate:
         client, example = _positive_fit(sizes.reshape(-1, 2), seconds.reshape(-1))
         expected = (sizes @ (client, example)).sum(axis=0)
         speeds = np.where(seconds.sum(axis=0) > 0, expected / np.maximum(seconds.sum(axis=0), 1e-9), 1.0)
-        if not (speeds > 0).all():  # some worker has had nothing to do yet
+        # Not positive: some worker has had nothing to do yet.
+        if not (speeds > 0).all() or speeds.max() < ALIKE * speeds.min():
             return Costs(client=client, example=example, speeds=equal)
         return Costs(client=client, example=example, speeds=tuple(np.maximum(speeds, SLOWEST).tolist()))
 

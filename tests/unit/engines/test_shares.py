@@ -103,6 +103,12 @@ def test_known_speeds_are_recovered_also_through_noise():
     assert np.array(found.speeds) / sum(found.speeds) == pytest.approx(np.array([1.0, 0.5, 1.5]) / 3, rel=0.1)
 
 
+@pytest.mark.parametrize(("speeds", "alike"), [((1.0, 1.1, 1.05), True), ((1.0, 1.3, 1.0), False)])
+def test_speeds_that_differ_by_little_are_alike(speeds, alike):
+    found = noted(6, client=0.05, example=0.01, speeds=speeds)
+    assert (found.speeds == (1.0, 1.0, 1.0)) is alike
+
+
 def test_before_anything_is_known_a_client_costs_its_examples():
     estimate = CostEstimate(2)
     assert estimate.costs() == Costs(client=0.0, example=1.0, speeds=(1.0, 1.0))
