@@ -32,7 +32,7 @@ def traced(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
-def both_ways(model, clients):
+def assert_the_same_both_ways(model, clients):
     settings = {"rounds": 2, "evaluate": clients.dataset, "engine": "sequential"}
     made = [learner(model, compile=compiles, train_metrics=True) for compiles in (True, False)]
     found, expected = (shoal.federate(ours, clients, **settings) for ours in made)
@@ -45,14 +45,14 @@ def both_ways(model, clients):
 
 @pytest.mark.parametrize(("model", "sizes"), [(Mlp, (7, 12, 5)), (batch_norm, (8, 10))])
 def test_a_compiled_model_trains_to_the_same_numbers_under_the_same_names(model, sizes, traced):
-    both_ways(model, images(sizes) if model is batch_norm else population(sizes))
+    assert_the_same_both_ways(model, images(sizes) if model is batch_norm else population(sizes))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiler is None, reason="there is no C++ compiler")
 def test_torchs_own_compiler_comes_to_the_same_numbers():
     with inductor.patch(compile_threads=1):  # and leaves no processes
-        both_ways(Mlp, population((7, 12, 5)))
+        assert_the_same_both_ways(Mlp, population((7, 12, 5)))
 
 
 def test_checking_training_and_evaluation_all_call_what_is_compiled(monkeypatch):
