@@ -108,10 +108,6 @@ class BlockTrainer(Protocol):
         """Returns how many samples a client with so many examples sees."""
         ...  # pragma: no cover
 
-    def padding(self, examples: Sequence[int]) -> float:
-        """Returns the share of a block's computed samples that are padding."""
-        ...  # pragma: no cover
-
     def fit(
         self, broadcast: Broadcast, clients: Sequence[tuple[Dataset, np.random.Generator]], variant: str = ...
     ) -> StackedUpdate:

@@ -63,11 +63,6 @@ class Schedule:
     """Which clients make their last step in a step; empty where all end together."""
 
     @property
-    def work(self) -> int:
-        """How many samples are computed, padding included."""
-        return sum(part.width * len(part.counts) for parts in self.steps for part in parts)
-
-    @property
     def shape(self) -> tuple[tuple[int, int], ...] | None:
         """Where the batches of each step begin and how large they are, if that is the same for all clients."""
         starts = [parts[0].start for parts in self.steps]

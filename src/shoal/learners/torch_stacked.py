@@ -121,11 +121,6 @@ class StackedTrainer:
         """Returns how many samples a client with so many examples sees."""
         return sum(self._learner.batch_sizes(examples))
 
-    def padding(self, examples: Sequence[int]) -> float:
-        """Returns the share of a block's computed samples that are padding."""
-        plan = self._plan(examples)
-        return 1 - float(plan.seen.sum()) / plan.work
-
     def fit(
         self,
         broadcast: Broadcast,
