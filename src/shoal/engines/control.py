@@ -190,7 +190,7 @@ class Control:
             KeyboardInterrupt: One of them was interrupted.
         """
         with self._changed:
-            while not all(peer.inbox for peer in self._peers.values()):
+            while not all(_has_spoken(peer) for peer in self._peers.values()):
                 self._raise_end()
                 self._changed.wait(1.0)
             return {rank: _content(peer, kind) for rank, peer in sorted(self._peers.items())}
@@ -358,6 +358,11 @@ def _serve(peer: Peer, events: int) -> None:
         peer.write()
     if events & selectors.EVENT_READ:
         peer.read()
+
+
+def _has_spoken(peer: Peer) -> bool:
+    """Tells whether there is a message of it; one of its end is not for who waits, and may not have been judged yet."""
+    return bool(peer.inbox) and "ended" not in peer.inbox[-1]
 
 
 def _content(peer: Peer, kind: str) -> Any:

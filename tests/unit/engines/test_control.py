@@ -270,6 +270,13 @@ def test_an_account_is_json():
     assert str(end_of("worker 7", account)) == "worker 7 failed: ZeroDivisionError: x"
 
 
+def test_an_end_that_was_read_and_not_yet_judged_is_no_message_to_who_waits():
+    with team() as (leader, _), leader._changed:  # as between the thread's two looks
+        leader._peers[1].inbox.append({"ended": told(raised(ZeroDivisionError("x")))})
+        with pytest.raises(WorkerError, match="ZeroDivisionError"):
+            leader.gather("about")
+
+
 def test_the_first_end_counts_but_an_interruption_gives_way_to_a_death():
     with team(4) as (leader, first, second, third):
         first.tell({"ended": told(KeyboardInterrupt())})
