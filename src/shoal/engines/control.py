@@ -190,7 +190,8 @@ class Control:
             KeyboardInterrupt: One of them was interrupted.
         """
         with self._changed:
-            while not all(_has_spoken(peer) for peer in self._peers.values()):
+            # An end is no message to who waits, though it may have been read and not yet judged.
+            while not all(peer.inbox and not _tells_of_its_end(peer) for peer in self._peers.values()):
                 self._raise_end()
                 self._changed.wait(1.0)
             return {rank: _content(peer, kind) for rank, peer in sorted(self._peers.items())}
@@ -308,7 +309,7 @@ class Control:
     def _judge(self, now: float) -> None:
         """Takes note of the ends of peers, and wakes who waits for news."""
         for rank, peer in self._peers.items():
-            if peer.inbox and "ended" in peer.inbox[-1]:
+            if _tells_of_its_end(peer):
                 peer.told = True
                 self._note(end_of(peer.name, peer.inbox.pop()["ended"]), rank)
             elif not peer.told and (why := _sign_of_death(peer, now)):
@@ -360,9 +361,8 @@ def _serve(peer: Peer, events: int) -> None:
         peer.read()
 
 
-def _has_spoken(peer: Peer) -> bool:
-    """Tells whether there is a message of it; one of its end is not for who waits, and may not have been judged yet."""
-    return bool(peer.inbox) and "ended" not in peer.inbox[-1]
+def _tells_of_its_end(peer: Peer) -> bool:
+    return bool(peer.inbox) and "ended" in peer.inbox[-1]
 
 
 def _content(peer: Peer, kind: str) -> Any:

@@ -205,7 +205,7 @@ def _try(learner: TorchLearner, trial: _Trial) -> Stacking:
         difference = _difference(learner, expected, found)
         if difference is None:
             stacking = replace(stacking, steps_at_once=_steps_at_once(trial, stacking, expected))
-            return replace(stacking, repeatable=_is_repeatable(trial, stacking))
+            return replace(stacking, repeatable=_is_repeatable(trial, stacking, found))
     raise CannotStackError(f"as one program its gradient would differ: {difference}")
 
 
@@ -229,10 +229,12 @@ def _largest(arrays: Sequence[Tensor]) -> float:
     return max((float(array.detach().abs().max()) for array in arrays if array.numel()), default=0.0)
 
 
-def _is_repeatable(trial: _Trial, stacking: Stacking) -> bool:
+def _is_repeatable(trial: _Trial, stacking: Stacking, found: Sequence[Tensor | None]) -> bool:
     """Tells whether the clients' gradients have the same bits in larger blocks, as far as those can be tried."""
-    rate = 1.0 if stacking.steps_at_once else None
-    found = trial.together(stacking, copies=1, rate=rate)
+    rate = None
+    if stacking.steps_at_once:  # as blocks will run, which rounds in another way than what was found
+        rate = 1.0
+        found = trial.together(stacking, copies=1, rate=rate)
     for copies in (2, 5):
         if not trial.fits(copies):
             return False
