@@ -7,6 +7,7 @@ import io
 import pickle
 import tarfile
 import threading
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +24,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 @contextmanager
-def serving(*, cut_after=None, ranges=True, status=200):
+def serving(*, content=CONTENT, cut_after=None, ranges=True, status=200):
     """A server on the loopback; it notes the ranges it was asked for and may cut its first answer short."""
     asked = []
 
@@ -35,14 +36,14 @@ def serving(*, cut_after=None, ranges=True, status=200):
                 self.send_error(status)
                 return
             start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and ranges else 0
-            if start >= len(CONTENT):
+            if start >= len(content):
                 self.send_error(416)
                 return
             self.send_response(206 if start else 200)
-            self.send_header("Content-Length", str(len(CONTENT) - start))
+            self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
-            end = cut_after if cut_after is not None and len(asked) == 1 else len(CONTENT)
-            self.wfile.write(CONTENT[start:end])
+            end = cut_after if cut_after is not None and len(asked) == 1 else len(content)
+            self.wfile.write(content[start:end])
 
         def log_message(self, *_):
             pass
@@ -86,6 +87,23 @@ def test_a_part_that_is_whole_is_not_fetched_again(tmp_path):
 def test_another_file_than_the_published_one_is_removed(tmp_path):
     with serving() as (url, _), pytest.raises(DataError, match=f"with MD5 {MD5}, not 0000; it was removed"):
         fetch(url, tmp_path / "file.bin", md5="0000")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_zip_archive_without_a_published_checksum_is_tried_itself(tmp_path):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("numbers.txt", "1 2 3 " * 100)
+    whole = packed.getvalue()
+    with serving(content=whole) as (url, _):
+        assert fetch(url, tmp_path / "file.zip", md5=None, timeout=5).read_bytes() == whole
+    (tmp_path / "file.zip").unlink()
+    for wrong, fault in (
+        (whole.replace(b"1 2 3 1", b"1 2 3 7"), "whose numbers.txt is damaged"),
+        (whole[:-30], "that is no whole zip archive"),
+    ):
+        with serving(content=wrong) as (url, _), pytest.raises(DataError, match=f"gave a file {fault}.*was removed"):
+            fetch(url, tmp_path / "file.zip", md5=None, timeout=5)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,6 +8,8 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
 from pathlib import Path
 
 from shoal.errors import DataError
@@ -21,16 +23,17 @@ def data_home(name: str) -> Path:
     return Path(os.environ.get("SHOAL_DATA_DIR", "~/.cache/shoal")).expanduser() / name
 
 
-def fetch(url: str, target: Path, *, md5: str, timeout: float = TIMEOUT) -> Path:
+def fetch(url: str, target: Path, *, md5: str | None, timeout: float = TIMEOUT) -> Path:
     """Returns ``target`` after downloading it, unless it is there already.
 
-    An interrupted transfer leaves ``target.part``, which the next call continues. Only a file with the right checksum
-    gets the name ``target``.
+    An interrupted transfer leaves ``target.part``, which the next call continues. Only a file that was found to be
+    right gets the name ``target``.
 
     Args:
         url: Where the file is.
         target: Where to put it.
         md5: The checksum that the data's authors publish, hexadecimal. It guards against damage, not against malice.
+            None for a zip archive whose authors publish none: then the checksums inside it are tried.
         timeout: Seconds without a byte after which to give up.
 
     Raises:
@@ -42,15 +45,13 @@ def fetch(url: str, target: Path, *, md5: str, timeout: float = TIMEOUT) -> Path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _download(url, part, timeout)
-        found = file_md5(part)
+        fault = _fault(part, md5)
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(f"{target.name} cannot be downloaded ({reason}); put it into {target.parent}") from error
-    if found != md5:
+    if fault is not None:
         part.unlink()
-        raise DataError(
-            f"{url} gave a file with MD5 {found}, not {md5}; it was removed: get it elsewhere, or try again"
-        )
+        raise DataError(f"{url} gave a file {fault}; it was removed: get it elsewhere, or try again")
     with part.open("rb") as stream:
         os.fsync(stream.fileno())
     part.rename(target)
@@ -61,6 +62,19 @@ def file_md5(path: Path) -> str:
     """Returns a file's MD5, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _fault(path: Path, md5: str | None) -> str | None:
+    """Returns what is wrong with a file, as it reads after "a file"."""
+    if md5 is not None:
+        found = file_md5(path)
+        return None if found == md5 else f"with MD5 {found}, not {md5}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error) as error:
+        return f"that is no whole zip archive ({error})"
+    return None if damaged is None else f"whose {damaged} is damaged"
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
