@@ -234,7 +234,7 @@ class Payload:
 def test_a_pickle_that_would_run_something_is_refused(tmp_path):
     evil = pickle.dumps({b"data": Payload(), b"labels": []}, protocol=2)
     write_cifar(tmp_path, packed=True, change=lambda name, raw: evil if name == "data_batch_3" else raw)
-    with pytest.raises(DataError, match=r"CIFAR-10's data_batch_3 is damaged: .* has no place in a batch of images"):
+    with pytest.raises(DataError, match=r"CIFAR-10's data_batch_3 is damaged: .* has no place among arrays"):
         cifar10(data_dir=tmp_path)
     assert not Path("/tmp/shoal-test-payload-ran").exists()
 

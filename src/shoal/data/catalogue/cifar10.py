@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-import pickle
 import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from shoal.data.catalogue.download import data_home, fetch
+from shoal.data.catalogue.unpickling import unpickle
 from shoal.data.dataset import ArrayDataset
 from shoal.errors import DataError
 
@@ -48,32 +47,6 @@ def cifar10(*, data_dir: Path | None = None) -> tuple[ArrayDataset, ArrayDataset
     return train, test
 
 
-class _BatchUnpickler(pickle.Unpickler):
-    """Reads what a batch holds, dictionaries and arrays of numbers, and runs nothing else that a pickle may name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        admitted = {
-            ("numpy", "dtype"): np.dtype,
-            ("numpy", "ndarray"): np.ndarray,
-            ("_codecs", "encode"): _encode,
-        }
-        if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
-            return _reconstruct
-        if (module, name) not in admitted:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a batch of images")
-        return admitted[module, name]
-
-
-def _reconstruct(kind: type, shape: tuple[int, ...], typecode: Any) -> np.ndarray:
-    if kind is not np.ndarray:
-        raise pickle.UnpicklingError(f"{kind} is no array")
-    return np.empty(shape, dtype=np.dtype(typecode))
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    return text.encode(encoding)
-
-
 def _folder_reader(folder: Path) -> Callable[[str], bytes]:
     def read(name: str) -> bytes:
         try:
@@ -102,7 +75,7 @@ def _archive_reader(path: Path) -> Callable[[str], bytes]:
 
 def _batch(name: str, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
     try:
-        batch = _BatchUnpickler(io.BytesIO(raw), encoding="bytes").load()
+        batch = unpickle(io.BytesIO(raw), encoding="bytes")
         images = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
         labels = np.asarray(batch[b"labels"], dtype=np.int64)
     except Exception as error:  # a damaged pickle may fail in any way
