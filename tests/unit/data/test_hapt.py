@@ -234,9 +234,9 @@ def test_the_original_files_come_first(tmp_path):
 @pytest.mark.parametrize(
     ("held_out", "message"),
     [
-        ([2, 31], r"names subjects \[31\], but there are \[1, 2, 3\]"),
+        (np.array([2, 31]), r"names subjects \[31\], but there are \[1, 2, 3\]"),
         ([], "names 0 of 3 subjects, which leaves no test data"),
-        (np.array([1, 2, 3]), "names 3 of 3 subjects, which leaves no training data"),
+        ([1, 2, 3, 3], "names 3 of 3 subjects, which leaves no training data"),
     ],
 )
 def test_subjects_that_cannot_be_held_out_are_refused(tmp_path, held_out, message):

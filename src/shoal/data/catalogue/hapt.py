@@ -60,10 +60,13 @@ def hapt(*, data_dir: Path | None = None, held_out: Sequence[int] = HELD_OUT) ->
     """
     _require_scipy()
     recordings = read(_source(data_dir or data_home("hapt")))
-    _check(set(held_out), {recording.subject for recording in recordings})
-    held = [recording for recording in recordings if recording.subject in held_out]
-    kept = [recording for recording in recordings if recording.subject not in held_out]
-    return _dataset(kept), _dataset(held)
+    tested = {int(subject) for subject in held_out}
+    _check(tested, {recording.subject for recording in recordings})
+    train, test = (
+        _dataset([recording for recording in recordings if (recording.subject in tested) == wanted])
+        for wanted in (False, True)
+    )
+    return train, test
 
 
 def _require_scipy() -> None:
