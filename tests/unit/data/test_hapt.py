@@ -278,6 +278,12 @@ def test_damaged_original_files_are_named(tmp_path, name, change, message):
         hapt(data_dir=tmp_path, held_out=[2])
 
 
+def test_a_folder_without_recordings_is_refused(tmp_path):
+    write_folder(tmp_path, files={"labels.txt": LABELS})
+    with pytest.raises(DataError, match="RawData holds no RawData/acc_expXX_userYY.txt"):
+        hapt(data_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "message"),
     [
