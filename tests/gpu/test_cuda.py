@@ -48,7 +48,7 @@ def federate(model, devices, **settings):
 def test_auto_means_cuda_and_ids_are_checked():
     assert resolve(shoal.Devices()).type == "cuda"
     with pytest.raises(shoal.errors.ConfigurationError, match="CUDA device 99 was asked for, but there"):
-        resolve(shoal.Devices(id=99))
+        resolve(shoal.Devices(ids=[99]))
 
 
 @pytest.mark.parametrize("model", [Mlp, ConvNet])

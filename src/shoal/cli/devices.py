@@ -21,6 +21,6 @@ def parse_device(text: str, precision: str | None = None) -> Devices:
         raise ConfigurationError(f"--device takes auto, cpu, cuda or cuda:NUMBER, not {text!r}")
     return Devices(
         accelerator=accelerator,  # type: ignore[arg-type]  # the specification refuses what it does not know
-        id=int(index) if index else None,
+        ids=[int(index)] if index else None,
         precision=precision or "fp32",  # type: ignore[arg-type]  # likewise
     )

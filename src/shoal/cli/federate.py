@@ -145,6 +145,6 @@ def _on(experiment: Experiment, device: str | None, precision: str | None) -> Ex
     devices = experiment.learner.devices
     asked = parse_device(device or devices.accelerator, precision or devices.precision)
     if device is not None:
-        devices = dataclasses.replace(devices, accelerator=asked.accelerator, id=asked.id)
+        devices = dataclasses.replace(devices, accelerator=asked.accelerator, ids=asked.ids)
     devices = dataclasses.replace(devices, precision=asked.precision)
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))

@@ -1,5 +1,6 @@
 """Which devices one learner uses, and how."""
 
-from shoal.devices.spec import Accelerator, Devices, Precision
+from shoal.devices.launched import Launched
+from shoal.devices.spec import Accelerator, Devices, Precision, Strategy
 
-__all__ = ["Accelerator", "Devices", "Precision"]
+__all__ = ["Accelerator", "Devices", "Launched", "Precision", "Strategy"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from shoal.errors import ConfigurationError, unknown_name
 
-Strategy = Literal["single"]
+Strategy = Literal["single", "dp", "ddp", "fsdp"]
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+RANKED = frozenset({"ddp", "fsdp"})
+"""The strategies that have a process for each device."""
 
 
 @dataclass(frozen=True)
@@ -18,18 +22,26 @@ class Devices:
 
     Example::
 
-        Devices("single", accelerator="cuda", id=1)
+        Devices("ddp", count=4, precision="bf16")
+        Devices("single", accelerator="cuda", ids=[1])
 
     Raises:
-        ConfigurationError: The strategy, accelerator or precision does not exist, or the id cannot be.
+        ConfigurationError: The strategy, accelerator or precision does not exist, or the count or ids cannot be.
     """
 
     strategy: Strategy = "single"
-    """``single``: one device holds the model and all of the batch."""
+    """``single``: one device holds the model and all of the batch. ``dp``: one process, the model copied to each of
+    several CUDA devices for each batch (torch's ``DataParallel``). ``ddp``: a process and a copy of the model for each
+    device, gradients averaged (``DistributedDataParallel``). ``fsdp``: as ``ddp``, with parameters, gradients and
+    optimizer state divided among the devices (``fully_shard``)."""
+    count: int | None = None
+    """How many devices, on all machines together; None for those that a launcher has started processes for, or with
+    ``dp`` for all there are."""
     accelerator: Accelerator = "auto"
     """``cpu``, ``cuda``, or ``auto``: CUDA where there is a CUDA device, else the CPU."""
-    id: int | None = None
-    """The index of the CUDA device; None for the current one."""
+    ids: Sequence[int] | None = None
+    """The indices of the CUDA devices on each machine; None for the first ones, or for the current one with
+    ``single``."""
     threads: int | None = None
     """CPU threads that one operation may use, ≥ 1; None leaves it to the framework. Small models are as fast with one,
     and far faster where other processes want the cores too, because threads then wait for each other."""
@@ -47,8 +59,33 @@ class Devices:
             raise unknown_name("precision", self.precision, get_args(Precision))
         if self.threads is not None and self.threads < 1:
             raise ConfigurationError(f"threads must be ≥ 1, not {self.threads}; None leaves it to the framework")
-        if self.id is not None and (self.id < 0 or self.accelerator == "cpu"):
+        if self.ids is not None:
+            object.__setattr__(self, "ids", tuple(self.ids))  # comparable, and no one else's to change
+            self._check_ids(tuple(self.ids))
+        self._check_count()
+
+    def _check_ids(self, ids: tuple[int, ...]) -> None:
+        if not ids or min(ids) < 0 or self.accelerator == "cpu":
             raise ConfigurationError(
-                f"device id {self.id} was asked for with accelerator {self.accelerator!r}; "
-                "an id ≥ 0 selects a CUDA device: use accelerator='cuda', or leave the id out"
+                f"device ids {list(ids)} were asked for with accelerator {self.accelerator!r}; "
+                "ids ≥ 0 select CUDA devices: use accelerator='cuda', or leave the ids out"
             )
+        if len(set(ids)) < len(ids):
+            raise ConfigurationError(f"device ids {list(ids)} name a device twice")
+        if self.strategy == "single" and len(ids) > 1:
+            raise ConfigurationError(f"strategy 'single' uses one device, not {list(ids)}: use 'ddp', 'fsdp' or 'dp'")
+        if self.strategy == "dp" and self.count not in {None, len(ids)}:
+            raise ConfigurationError(f"{self.count} devices were asked for and {len(ids)} named: leave one out")
+
+    def _check_count(self) -> None:
+        if self.count is not None and self.count < 1:
+            raise ConfigurationError(f"the number of devices must be ≥ 1, not {self.count}")
+        if self.strategy == "single" and self.count not in {None, 1}:
+            raise ConfigurationError(f"strategy 'single' uses one device, not {self.count}: use 'ddp', 'fsdp' or 'dp'")
+        if self.strategy == "dp" and self.accelerator == "cpu":
+            raise ConfigurationError("strategy 'dp' copies a model among CUDA devices: on a CPU use 'ddp'")
+
+    @property
+    def ranked(self) -> bool:
+        """Whether each device has a process of its own."""
+        return self.strategy in RANKED

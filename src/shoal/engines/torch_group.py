@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
-import ipaddress
 import os
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +17,11 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from shoal.engines.control import SILENCE
 from shoal.errors import ConfigurationError, WorkerError
+from shoal.learners.torch_network import gloo_over
 from shoal.types import Array
-
-SIOCGIFADDR = 0x8915
-"""The operating system's question for the address of a network interface."""
 
 CONNECT = 5.0
 """Seconds that torch waits for one step of another worker while they join, five of them at most. No signal ends it."""
-
-IPV6_ADDRESSES = Path("/proc/net/if_inet6")
-"""Where the operating system lists its IPv6 addresses, each with its interface."""
 
 STALL = 20.0
 """Seconds without progress after which torch gives a transfer up. Until then a process with one cannot end."""
@@ -110,7 +101,7 @@ class TorchGroup:
         self._watch = watch
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         timeout = datetime.timedelta(seconds=CONNECT)
-        with self._explained(CLOSED), _gloo_over(interface):
+        with self._explained(CLOSED), gloo_over(interface):
             if dist.is_initialized():  # the user's script has a group of its own, for purposes of its own
                 self._group: Any = dist.new_group(backend=backend, timeout=timeout)
             else:
@@ -184,42 +175,6 @@ class TorchGroup:
                 self._watch()
                 time.sleep(0.05)
             raise WorkerError(f"the workers cannot reach each other: {error}") from error
-
-
-def interface_of(address: str) -> str | None:
-    """Returns the name of this machine's network interface that has an IP address; None where none has."""
-    wanted = ipaddress.ip_address(address.partition("%")[0])
-    if wanted.version == 6:
-        known = IPV6_ADDRESSES.read_text() if IPV6_ADDRESSES.exists() else ""
-        lines = (line.split() for line in known.splitlines())
-        return next((name for number, *_, name in lines if int(number, 16) == int(wanted)), None)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            question = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, question)
-            except OSError:
-                continue
-            if answer[20:24] == wanted.packed:
-                return name
-    return None
-
-
-@contextmanager
-def _gloo_over(interface: str | None) -> Iterator[None]:
-    """Lets gloo use a network interface, unless the user has named one.
-
-    By itself it takes the one that the machine's own name leads to, which often is none that others can reach.
-    """
-    name = "GLOO_SOCKET_IFNAME"
-    if interface is None or name in os.environ:
-        yield
-        return
-    os.environ[name] = interface
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _wait_for(host: str, port: int, deadline: float) -> None:

@@ -103,7 +103,8 @@ class Workers:
         """
         if self._control is None or self._group is not None:
             return
-        from shoal.engines.torch_group import TorchGroup, interface_of
+        from shoal.engines.torch_group import TorchGroup
+        from shoal.learners.torch_network import interface_of
 
         own = self._control.address()
         self.gather("ready", True)

@@ -3,8 +3,7 @@
 from shoal.federation.callbacks import Callback, RunInfo
 from shoal.federation.experiment import Experiment
 from shoal.federation.progress import Progress
-from shoal.federation.result import FederationResult
+from shoal.federation.result import Best, FederationResult
 from shoal.federation.run import federate, run_experiment
-from shoal.federation.selection import Best
 
 __all__ = ["Best", "Callback", "Experiment", "FederationResult", "Progress", "RunInfo", "federate", "run_experiment"]

@@ -14,6 +14,7 @@ from shoal.engines import Engine
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
 from shoal.randomness import check_seed
+from shoal.runs import Criteria
 
 
 class Settings(TypedDict, total=False):
@@ -118,6 +119,17 @@ class Experiment:
             raise ConfigurationError(
                 f"{asked[0]} was given, but nothing is measured: pass evaluate=… or client_validation=…"
             )
+
+    def criteria(self) -> Criteria:
+        """Returns by what models are compared, and when the run stops."""
+        return Criteria(
+            limit=self.rounds,
+            unit="round",
+            metric=self.metric,
+            target=self.target,
+            patience=self.patience,
+            max_seconds=self.max_seconds,
+        )
 
     def options(self) -> dict[str, Any]:
         """Returns the settings that a resumed run may change, as JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +12,11 @@ from shoal.errors import RunInterrupted, StorageError
 from shoal.federation.callbacks import Callback, RunInfo
 from shoal.federation.interrupts import deferred_interrupts
 from shoal.federation.preparation import Plan
-from shoal.federation.result import FederationResult
+from shoal.federation.result import Best, FederationResult
 from shoal.federation.rounds import train_round
-from shoal.federation.selection import Selection
 from shoal.federation.storage import RunState, RunStorage
 from shoal.federation.together import send_end, send_start
+from shoal.runs import Choice, Selection
 
 
 class FederationLoop:
@@ -32,7 +33,9 @@ class FederationLoop:
         self._storage = storage
         self._callbacks = callbacks
         self._run, self._history = storage.restore(plan.start)
-        self._selection = Selection(plan.experiment, best=self._run.best)
+        best = self._run.best
+        chosen = None if best is None else Choice(number=best.round, metric=best.metric, value=best.value)
+        self._selection = Selection(plan.experiment.criteria(), chosen)
         self._asked_to_stop: str | None = None
 
     def run(self) -> FederationResult:
@@ -101,8 +104,11 @@ class FederationLoop:
         """Takes a round into the run's progress; what is written for it belongs together."""
         with deferred_interrupts():
             improved = bool(measured) and self._selection.update(state.round, measured)
-            best_model = state.model if improved else self._run.best_model
-            self._run = RunState(state=state, elapsed=elapsed, best=self._selection.best, best_model=best_model)
+            best, best_model = self._run.best, self._run.best_model
+            if improved and (choice := self._selection.best) is not None:
+                best = Best(round=choice.number, metric=choice.metric, value=choice.value)
+                best_model = state.model
+            self._run = RunState(state=state, elapsed=elapsed, best=best, best_model=best_model)
             self._history.append(record)
             self._storage.record(record)
             if improved or state.round % self._plan.experiment.checkpoint_every == 0:
@@ -120,7 +126,8 @@ class FederationLoop:
         with deferred_interrupts():
             self._storage.save(run)
             params = learner.state_dict(run.model)
-            self._storage.deliver(params, run.best, run.state.round)
+            told = dataclasses.asdict(run.best) if run.best else {"round": run.state.round}
+            self._storage.deliver(params, told)
             self._storage.report()
         if self._plan.team is not None:
             send_end(self._plan.team, run, self._history, reason)

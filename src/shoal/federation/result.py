@@ -8,9 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ConfigurationError
-from shoal.federation.selection import Best
 from shoal.runs import write_report
 from shoal.types import Params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best global model so far."""
+
+    round: int
+    """After which round."""
+    metric: str
+    """What it was chosen by."""
+    value: float
+    """The metric's value."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

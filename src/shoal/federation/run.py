@@ -10,16 +10,17 @@ from typing import Any, Unpack
 from shoal import trees
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
+from shoal.description import describe
 from shoal.engines import Engine, Workers
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
 from shoal.federation.loop import FederationLoop
 from shoal.federation.preparation import Plan, partition_picture, prepare
 from shoal.federation.result import FederationResult
-from shoal.federation.storage import RunStorage, environment
+from shoal.federation.storage import RunStorage
 from shoal.federation.together import agree, follow
 from shoal.learners.base import Learner
-from shoal.runs import RunFolder, require_tensorboard
+from shoal.runs import RunFolder, environment, require_tensorboard
 
 
 def federate(
@@ -125,7 +126,9 @@ def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:
     config = {
         "identity": plan.identity,
         "options": experiment.options(),
-        "environment": environment(experiment, plan.engine.name),
+        "environment": environment(
+            seed=experiment.seed, engine=plan.engine.name, devices=describe(experiment.learner.devices)
+        ),
     }
     state = plan.start
     bytes_a_checkpoint = trees.nbytes(state.model.merged()) + sum(trees.nbytes(slot) for slot in state.slots.values())

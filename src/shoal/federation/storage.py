@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import platform
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
-
-import numpy as np
+from typing import Any
 
 from shoal import trees
 from shoal.algorithms import ServerState
-from shoal.description import describe
-from shoal.errors import CheckpointError, MissingExtraError, StorageError
-from shoal.federation.experiment import Experiment
-from shoal.federation.selection import Best
-from shoal.runs import (
-    Checkpoint,
-    Checkpoints,
-    MetricsLog,
-    RunFolder,
-    TensorBoardTracker,
-    read_metrics,
-    save_model,
-    write_json,
-    write_report,
-)
+from shoal.errors import CheckpointError
+from shoal.federation.result import Best
+from shoal.runs import Checkpoint, Checkpoints, RunFolder, RunWriter, read_metrics, write_json
 from shoal.types import Array, ModelState, Params
-from shoal.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +34,8 @@ class RunState:
         return self.best_model or self.state.model
 
 
-class RunStorage:
-    """Writes a run's state to its folder; without a folder it does nothing.
+class RunStorage(RunWriter):
+    """Writes a federation's state to its folder; without a folder it does nothing.
 
     Args:
         folder: The open run folder, or None.
@@ -62,22 +43,10 @@ class RunStorage:
     """
 
     def __init__(self, folder: RunFolder | None, *, keep: int) -> None:
-        self.folder = folder
-        self.notices: list[str] = list(folder.notices) if folder else []
+        super().__init__(folder)
         self._saved_round = 0
-        self._tensorboard: TensorBoardTracker | None = None
         if folder is not None:
             self._checkpoints = Checkpoints(folder.checkpoints, keep=keep)
-            self._metrics = MetricsLog(folder.metrics)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self.folder is not None:
-            self.folder.close()
 
     def restore(self, start: ServerState) -> tuple[RunState, list[dict[str, Any]]]:
         """Returns the state and the history that the folder holds, or those of a run that has not begun.
@@ -86,52 +55,28 @@ class RunStorage:
         """
         loaded = self._checkpoints.load_latest() if self.folder else None
         if self.folder is None or loaded is None:
-            if self.folder is not None:
-                self._metrics.truncate(0)
+            self.forget_after(0)
             return RunState(state=start), []
         self.notices += loaded.notices
-        self._checkpoints.discard_after(loaded.round)
-        self._metrics.truncate(loaded.round)
-        self._saved_round = loaded.round
+        self._checkpoints.discard_after(loaded.number)
+        self.forget_after(loaded.number)
+        self._saved_round = loaded.number
         best = Best(**loaded.meta["best"]) if loaded.meta["best"] else None
         best_model = self._best_model(best, loaded, start) if best else None
         if best_model is None:
             best = None
-        state = dataclasses.replace(unpacked(loaded.tensors, start), round=loaded.round)
+        state = dataclasses.replace(unpacked(loaded.tensors, start), round=loaded.number)
         run = RunState(state=state, elapsed=loaded.meta["elapsed"], best=best, best_model=best_model)
         return run, read_metrics(self.folder.metrics)
 
     def _best_model(self, best: Best, loaded: Checkpoint, start: ServerState) -> ModelState | None:
-        if best.round == loaded.round:
+        if best.round == loaded.number:
             return unpacked(loaded.tensors, start).model
         try:
             return unpacked(self._checkpoints.load(best.round).tensors, start).model
         except CheckpointError as error:
-            self.notices.append(f"{error}; it was the best, which is chosen anew from round {loaded.round + 1} on")
+            self.notices.append(f"{error}; it was the best, which is chosen anew from round {loaded.number + 1} on")
             return None
-
-    def open_tensorboard(self, wanted: bool | None, first_round: int) -> None:
-        """Starts TensorBoard events, or leaves a notice where the library is missing and they were not asked for.
-
-        Events of rounds that are run again replace the old ones.
-        """
-        if self.folder is None or wanted is False:
-            return
-        try:
-            self._tensorboard = TensorBoardTracker(self.folder.tensorboard, first_round=first_round)
-        except MissingExtraError as error:
-            if wanted:
-                raise
-            self.notices.append(f"no TensorBoard events: {error}")
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        """Adds a round's metrics."""
-        if self.folder is None:
-            return
-        self._metrics.append(record)
-        if self._tensorboard is not None:
-            numbers = {key: float(value) for key, value in record.items() if isinstance(value, int | float)}
-            self._tensorboard.log(record["round"], numbers)
 
     def save(self, run: RunState) -> None:
         """Writes a checkpoint, unless the last one is of this round already."""
@@ -147,44 +92,6 @@ class RunStorage:
         """Writes how the labels lie over the clients, for the report."""
         if self.folder is not None and picture is not None:
             write_json(self.folder.partition, picture)
-
-    def deliver(self, params: Params, best: Best | None, rounds: int) -> None:
-        """Writes the model to use."""
-        if self.folder is None:
-            return
-        told = dataclasses.asdict(best) if best else {"round": rounds}
-        # One key, because the format keeps several in no order, and equal runs shall leave equal files.
-        save_model(self.folder.model, params, {"shoal": json.dumps({"version": __version__, **told})})
-
-    def report(self) -> None:
-        """Draws the report, or leaves a notice: a run whose model is delivered does not fail for want of a picture."""
-        if self.folder is None:
-            return
-        try:
-            write_report([self.folder.path])
-        except (MissingExtraError, StorageError) as error:
-            self.notices.append(f"no report: {error}")
-
-    @property
-    def path(self) -> Path | None:
-        """The run folder's path."""
-        return None if self.folder is None else self.folder.path
-
-
-def environment(experiment: Experiment, engine: str) -> dict[str, Any]:
-    """Returns what a run was made with, as JSON."""
-    versions = {"shoal": __version__, "python": platform.python_version(), "numpy": np.__version__}
-    for name in ("torch", "tensorflow"):
-        if name in sys.modules:  # reported where it is in use, never imported for it
-            versions[name] = str(sys.modules[name].__version__)
-    return {
-        "versions": versions,
-        "platform": platform.platform(),
-        "seed": experiment.seed,
-        "engine": engine,
-        "devices": describe(experiment.learner.devices),
-        "command": sys.argv,
-    }
 
 
 def packed(state: ServerState) -> dict[str, Array]:

@@ -9,9 +9,8 @@ from typing import Any
 from shoal.algorithms import ServerState
 from shoal.engines import DistributedEngine
 from shoal.federation.preparation import Plan
-from shoal.federation.result import FederationResult
+from shoal.federation.result import Best, FederationResult
 from shoal.federation.rounds import train_round
-from shoal.federation.selection import Best
 from shoal.federation.storage import RunState, packed, unpacked
 from shoal.types import ModelState
 from shoal.version import __version__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -40,3 +41,40 @@ def draw_order(count: int, total: int, rng: np.random.Generator) -> np.ndarray:
     """
     passes = [rng.permutation(count) for _ in range(-(-total // count))]
     return passes[0] if total == count else np.concatenate(passes)[:total]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of a step's batch that one rank computes at a time."""
+
+    start: int
+    """Where it begins in the step's batch."""
+    count: int
+    """How many examples it has; 0 where a rank has nothing to do but must compute with the others."""
+    share: float
+    """Its share in the step's gradient: its examples by those of the whole step."""
+
+
+@lru_cache(maxsize=256)  # the steps of an epoch have two sizes at most
+def pieces(examples: int, *, batch_size: int, ranks: int, rank: int) -> tuple[Piece, ...]:
+    """Returns what one rank computes of a step's batch, in equally many pieces on each rank.
+
+    The ranks' parts follow each other in the batch and differ by one example at most, as a rank's pieces do; so the
+    sum of ``share`` times the mean over the piece, over all pieces and ranks, is the mean over the batch.
+
+    Args:
+        examples: How many the whole batch has.
+        batch_size: The most that a piece may have.
+        ranks: How many ranks there are.
+        rank: Which one to answer for.
+    """
+    start, length = _part(examples, ranks, rank)
+    number = max(-(-_part(examples, ranks, 0)[1] // batch_size), 1)
+    parts = (_part(length, number, index) for index in range(number))
+    return tuple(Piece(start=start + first, count=count, share=count / examples) for first, count in parts)
+
+
+def _part(count: int, parts: int, index: int) -> tuple[int, int]:
+    """Returns where one of several nearly equal parts begins, and how long it is; the first ones are the longer."""
+    base, rest = divmod(count, parts)
+    return index * base + min(index, rest), base + (index < rest)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cache, cached_property
-from typing import Any, Self, cast
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,12 +17,15 @@ from shoal.data import Dataset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import CannotStackError, ConfigurationError, DataError
-from shoal.learners.batches import batch_sizes, draw_order, draw_seed
+from shoal.learners.batches import batch_sizes, draw_order, draw_seed, pieces
+from shoal.learners.schedules import Schedule
 from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
 from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
 from shoal.learners.torch_stacked import StackedTrainer
+from shoal.learners.torch_step import Batch, Stepper
+from shoal.learners.torch_tally import Tally
 from shoal.types import Broadcast, ModelState, Params, Update
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -77,11 +78,16 @@ class TorchLearner:
     optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     """Makes any ``torch.optim`` optimizer from the trainable parameters."""
     batch_size: int | None = 32
-    """Examples in a batch; None for all of a client's at once."""
+    """Examples in a batch on each device; None for all of a client's at once."""
+    accumulate: int = 1
+    """How many batches on each device make one step of the optimizer, which sees the mean over all of them."""
     epochs: int = 1
     """Passes over the client's data in one call to :meth:`fit`."""
     steps: int | None = None
     """Number of batches in one call to :meth:`fit`, in place of ``epochs``."""
+    schedule: Schedule | None = None
+    """Multiplies the optimizer's learning rates step by step, such as :class:`~shoal.WarmupCosine`; its steps are those
+    of one call to :meth:`fit`, or of a whole training. None: they stay as they are."""
     clip_norm: float | None = None
     """Largest Euclidean norm of the gradient, all parameters and the local objective together; None for no limit."""
     metrics: Mapping[str, Metric] | None = None
@@ -94,6 +100,12 @@ class TorchLearner:
     """Examples in a batch of :meth:`evaluate`; it changes speed and memory, not the means."""
     devices: Devices = field(default_factory=Devices)
     """Where the model lives."""
+    channels_last: bool = False
+    """Whether images and the weights of convolutions lie in memory channel by channel for each pixel, which GPUs with
+    16 bits are faster with."""
+    workers: int = 0
+    """Processes that read batches ahead in :func:`~shoal.train`, for data that are read from files as they are needed;
+    0: this process reads them."""
     compile: bool = False
     """Whether the model's forward pass goes through ``torch.compile``, as one graph: for large models that one client
     trains for long, because each process takes from seconds to minutes to compile. Dropout draws other noise than
@@ -101,12 +113,16 @@ class TorchLearner:
     ``process`` and ``distributed``."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "steps", "eval_batch_size"):
+        for name in ("batch_size", "accumulate", "epochs", "steps", "eval_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigurationError(f"{name} must be at least 1, not {value}")
         if self.steps is not None and self.epochs != 1:
             raise ConfigurationError(f"both steps={self.steps} and epochs={self.epochs} are set; leave one out")
+        if self.workers < 0:
+            raise ConfigurationError(f"workers must be ≥ 0, not {self.workers}")
+        if self.accumulate > 1 and self.batch_size is None:
+            raise ConfigurationError(f"accumulate={self.accumulate} divides a step in batches: give a batch_size")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be > 0, not {self.clip_norm}; None means no limit")
         if self.metrics and "loss" in self.metrics:
@@ -124,9 +140,11 @@ class TorchLearner:
 
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, its arrays on the learner's device."""
-        resident = ResidentModel(self.model, self.device, seed, compiles=self.compile)
-        self.__dict__["resident"] = resident  # the slot of the cached property
-        return resident.state()
+        self.__dict__["resident"] = self._make(seed)  # the slot of the cached property
+        return self.resident.state()
+
+    def _make(self, seed: int) -> ResidentModel:
+        return ResidentModel(self.model, self.device, seed, compiles=self.compile, channels_last=self.channels_last)
 
     def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
         """Trains the broadcast's model on ``data`` and returns what changed.
@@ -158,10 +176,10 @@ class TorchLearner:
         resident = self.resident
         resident.load(model)
         resident.module.eval()
-        tally = _Tally()
+        tally = Tally()
         with seeded(self.device, 0), torch.no_grad(), computing(self.device, self.devices.threads):
             for start in range(0, len(data), self.eval_batch_size):
-                inputs, targets = self._batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
+                inputs, targets = self.batch(data, np.arange(start, min(start + self.eval_batch_size, len(data))))
                 with self.autocast():
                     output = resident.call(inputs)
                     loss = self.loss(output, targets)
@@ -179,7 +197,7 @@ class TorchLearner:
         resident.module.eval()
         try:
             with seeded(self.device, 0), torch.no_grad():
-                inputs, targets = self._batch(data, np.arange(min(2, len(data))))
+                inputs, targets = self.batch(data, np.arange(min(2, len(data))))
                 output = resident.module(inputs)
                 labels = data.known_targets()
                 if labels is not None and _are_class_indices(output, targets):
@@ -224,6 +242,10 @@ class TorchLearner:
         """
         if self.compile:
             raise CannotStackError("compile=True compiles the model of one client, not of many at once")
+        if self.accumulate > 1:
+            raise CannotStackError(f"accumulate={self.accumulate} takes a step's batches one after the other")
+        if self.schedule is not None:
+            raise CannotStackError("a schedule sets the learning rates of one client, by its own number of steps")
         return StackedTrainer(self, find_stacking(self, dataset))
 
     def on(self, devices: Devices) -> Self:
@@ -233,7 +255,7 @@ class TorchLearner:
     def describe(self) -> dict[str, Any]:
         """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
         fields = dataclass_fields(self)
-        left_out = ("devices", "eval_batch_size")
+        left_out = ("devices", "eval_batch_size", "workers")
         kept = {name: fields[name] for name in fields if name not in left_out}
         return {"name": type(self).__name__, **kept, "precision": self.devices.precision}
 
@@ -245,7 +267,7 @@ class TorchLearner:
     @cached_property
     def resident(self) -> ResidentModel:
         """The one module on the device that all clients pass through."""
-        return ResidentModel(self.model, self.device, seed=0, compiles=self.compile)
+        return self._make(seed=0)
 
     @cached_property
     def samples(self) -> ResidentSamples:
@@ -259,27 +281,58 @@ class TorchLearner:
     def _train(
         self, resident: ResidentModel, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
     ) -> dict[str, float]:
-        step = _LocalStep(self, resident, broadcast)
-        tally = _Tally()
+        optimizer = self.optimizer(list(resident.params.values()))
+        objective = ObjectiveGradient(broadcast, resident, resident.params)
+        stepper = Stepper(self, resident, optimizer, objective, _scaler(self))
+        tally = Tally()
         sizes = self.batch_sizes(len(data))
+        parts = [pieces(size, batch_size=self.batch_size or size, ranks=1, rank=0) for size in sizes]
         order = draw_order(len(data), sum(sizes), rng)
-        for (inputs, targets), size in zip(self.samples.batches(data, order, sizes), sizes, strict=True):
-            loss, output = step.take(self.transformed(inputs), targets)
-            measured = self.measure(output, targets) if self.train_metrics else {}
-            tally.add({"loss": loss, **measured}, size)
+        batches = self.samples.batches(data, order, [piece.count for step in parts for piece in step])
+        per_epoch = self.steps_per_epoch(len(data))
+        for number, step in enumerate(parts):
+            if self.schedule:
+                stepper.set_rates(self.schedule(number, len(parts), per_epoch))
+            means = stepper.take([self.step_batch(next(batches), piece.share) for piece in step])
+            for piece, mean in zip(step, means, strict=True):
+                tally.add(mean, piece.count)
         return tally.means()
 
-    def _batch(self, data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def step_batch(self, batch: tuple[Tensor, Tensor], factor: float) -> Batch:
+        """Returns samples as a step takes them.
+
+        Args:
+            batch: Inputs and targets.
+            factor: What their loss is multiplied with.
+        """
+        inputs, targets = batch
+        return Batch(self.transformed(inputs), targets, factor)
+
+    def batch(self, data: Dataset, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns samples as the model takes them, on the device."""
         inputs, targets = next(self.samples.batches(data, indices, [len(indices)]))
         return self.transformed(inputs), targets
 
     def batch_sizes(self, examples: int) -> tuple[int, ...]:
-        """Returns how many examples each batch of one call to :meth:`fit` has, for a client with so many."""
-        return batch_sizes(examples, batch_size=self.batch_size, epochs=self.epochs, steps=self.steps)
+        """Returns how many examples each step of one call to :meth:`fit` has, for a client with so many."""
+        size = None if self.batch_size is None else self.batch_size * self.accumulate
+        return batch_sizes(examples, batch_size=size, epochs=self.epochs, steps=self.steps)
+
+    def steps_per_epoch(self, examples: int, devices: int = 1) -> int:
+        """Returns how many steps a pass over so many examples has, on so many devices."""
+        return 1 if self.batch_size is None else -(-examples // (self.batch_size * self.accumulate * devices))
 
     def transformed(self, inputs: Tensor) -> Tensor:
         """Returns a batch as the model takes it."""
-        return self.transform(inputs) if self.transform else inputs
+        inputs = self.transform(inputs) if self.transform else inputs
+        if self.channels_last and inputs.ndim == 4:
+            return inputs.contiguous(memory_format=torch.channels_last)
+        return inputs
+
+    @staticmethod
+    def classifies(output: Any, targets: Tensor) -> bool:
+        """Tells whether a batch's targets are class indices, and its output scores of the classes."""
+        return _are_class_indices(output, targets)
 
     @torch.no_grad()
     def measure(self, output: Any, targets: Tensor) -> dict[str, Tensor]:
@@ -290,86 +343,11 @@ class TorchLearner:
         return {name: metric(output, targets) for name, metric in metrics.items()}
 
 
-class _LocalStep:
-    """A step of local training, and the closure that some of torch's optimizers call several times for one (LBFGS)."""
-
-    def __init__(self, learner: TorchLearner, resident: ResidentModel, broadcast: Broadcast) -> None:
-        self._learner = learner
-        self._resident = resident
-        self._gradient = ObjectiveGradient(broadcast, resident, resident.params)
-        self._optimizer = learner.optimizer(list(resident.params.values()))
-        self._needs_closure = _needs_closure(cast("Hashable", type(self._optimizer)))
-        self._scaler = _scaler(learner, closure=self._needs_closure)
-        self._inputs: Any = None
-        self._targets: Any = None
-        self._output: Any = None
-
-    def take(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
-        """Makes one step on a batch; returns the loss and the output from before it."""
-        self._inputs, self._targets, self._output = inputs, targets, None
-        if self._needs_closure:
-            loss = cast("Tensor", self._optimizer.step(self))  # type: ignore[arg-type]  # the stub's returns a float
-        else:
-            loss = self()
-            if self._scaler is None:
-                self._optimizer.step()
-            else:
-                self._scaler.step(self._optimizer)  # not where a gradient overflowed
-                self._scaler.update()
-        return loss, self._output
-
-    def __call__(self) -> Tensor:
-        self._resident.drop_gradients()
-        with self._learner.autocast():
-            output = self._resident.call(self._inputs)
-            loss = self._learner.loss(output, self._targets)
-        if self._scaler is None:
-            loss.backward()  # type: ignore[no-untyped-call]
-        else:
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            self._scaler.unscale_(self._optimizer)
-        self._gradient.add()
-        if self._learner.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._resident.params.values(), self._learner.clip_norm)
-        if self._output is None:
-            self._output = output
-        return loss.detach()
-
-
-def _scaler(learner: TorchLearner, *, closure: bool) -> torch.amp.GradScaler | None:
+def _scaler(learner: TorchLearner) -> torch.amp.GradScaler | None:
     """Returns what scales the loss of fp16; None in other precisions."""
     if learner.devices.precision != "fp16":
         return None
-    if closure:
-        raise ConfigurationError("fp16 scales the loss, which this optimizer's closure does not allow: use bf16")
     return torch.amp.GradScaler(learner.device.type, init_scale=LOSS_SCALE)
-
-
-@cache
-def _needs_closure(kind: Hashable) -> bool:
-    closure = inspect.signature(cast("type[torch.optim.Optimizer]", kind).step).parameters.get("closure")
-    return closure is not None and closure.default is closure.empty
-
-
-class _Tally:
-    """Means over examples; batch by batch they stay on the device, and each is read from it once, at the end."""
-
-    def __init__(self) -> None:
-        self._means: dict[str, list[Tensor]] = {}
-        self._examples: list[int] = []
-
-    def add(self, means: Mapping[str, Tensor], examples: int) -> None:
-        for name, mean in means.items():
-            self._means.setdefault(name, []).append(mean.detach())
-        self._examples.append(examples)
-
-    def means(self) -> dict[str, float]:
-        examples = sum(self._examples)
-        sums: dict[str, float] = {}
-        for name, means in self._means.items():
-            values = torch.stack(means).flatten().tolist()
-            sums[name] = math.fsum(value * count for value, count in zip(values, self._examples, strict=True))
-        return {name: total / examples for name, total in sums.items()}
 
 
 def _are_class_indices(output: Any, targets: Tensor) -> bool:

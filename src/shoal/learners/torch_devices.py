@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from shoal.devices import Devices, Precision
+from shoal.devices import Devices, Launched, Precision
 from shoal.errors import ConfigurationError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -16,7 +16,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 
 
 def resolve(devices: Devices) -> torch.device:
-    """Returns the one device that ``devices`` means here.
+    """Returns the device that ``devices`` means for this process; with ``dp`` the first of several.
 
     Raises:
         ConfigurationError: CUDA, or a CUDA device of that id, was asked for and is not there.
@@ -24,17 +24,53 @@ def resolve(devices: Devices) -> torch.device:
     if devices.accelerator == "cpu":  # without a look, which would spoil CUDA for forked processes
         return torch.device("cpu")
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices.accelerator == "auto" and devices.id is None and not present:
+    if devices.accelerator == "auto" and devices.ids is None and devices.strategy != "dp" and not present:
         return torch.device("cpu")
     if not present:
         raise ConfigurationError(
             f"a CUDA device was asked for, but torch {torch.__version__} sees none; "
             "use accelerator='cpu', or install a CUDA build of torch and check `shoal doctor`"
         )
-    index = torch.cuda.current_device() if devices.id is None else devices.id
-    if index >= present:
-        raise ConfigurationError(f"CUDA device {index} was asked for, but there are {present}: use 0 to {present - 1}")
-    return torch.device("cuda", index)
+    used = cuda_ids(devices, present)
+    if max(used) >= present:
+        raise ConfigurationError(
+            f"CUDA device {max(used)} was asked for, but there are {present}: use 0 to {present - 1}"
+        )
+    return torch.device("cuda", used[local_rank(devices, used)])
+
+
+def cuda_ids(devices: Devices, present: int) -> Sequence[int]:
+    """Returns the indices of the CUDA devices that ``devices`` means on this machine.
+
+    Args:
+        devices: What was asked for.
+        present: How many there are.
+    """
+    if devices.ids is not None:
+        return devices.ids
+    if devices.strategy == "single":
+        return (torch.cuda.current_device(),)
+    if devices.strategy == "dp":
+        return range(devices.count or present)
+    place = Launched.here()
+    return range(place.local_count if place else 1)
+
+
+def local_rank(devices: Devices, used: Sequence[int]) -> int:
+    """Returns which of a machine's devices is this process's.
+
+    Raises:
+        ConfigurationError: There are more processes on this machine than devices.
+    """
+    place = Launched.here() if devices.ranked else None
+    if place is None:
+        return 0
+    if place.local_rank >= len(used):
+        raise ConfigurationError(
+            f"{place.local_count} processes were started on this machine for the CUDA devices {list(used)}: "
+            "start as many as there are devices, or name more"
+        )
+    return place.local_rank
 
 
 def may_use_cuda(devices: Devices) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, cast
 
@@ -19,6 +19,8 @@ from shoal.types import Array, Broadcast, ModelState, Params
 ModuleSource = nn.Module | Callable[[], nn.Module]
 """A module to copy, or a function (or class) that makes one."""
 
+_NOTHING = nullcontext()
+
 
 class ResidentModel:
     """A module on a device, and the names by which its arrays travel.
@@ -29,18 +31,29 @@ class ResidentModel:
         seed: Seeds torch while the function makes the module, on the CPU whatever the device, so that the first
             parameters are the same everywhere.
         compiles: Whether :attr:`call` is compiled.
+        channels_last: Whether the weights of 2-D convolutions lie in memory with the channels last.
 
     Raises:
         ConfigurationError: The module has nothing to train, or parameters that cannot be averaged.
     """
 
-    def __init__(self, source: ModuleSource, device: torch.device, seed: int, *, compiles: bool = False) -> None:
+    def __init__(
+        self,
+        source: ModuleSource,
+        device: torch.device,
+        seed: int,
+        *,
+        compiles: bool = False,
+        channels_last: bool = False,
+    ) -> None:
         with seeded(torch.device("cpu"), seed):
             module = deepcopy(source) if isinstance(source, nn.Module) else source()
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"the model must be a torch.nn.Module or make one, not {type(module).__name__}")
         _check_parameters(module)
         self.module = module.to(device)
+        if channels_last:
+            self.module = self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.call: Callable[[Any], Any] = compiled(self.module) if compiles else self.module
         """Runs the module on a batch."""
         self.device = device
@@ -56,6 +69,11 @@ class ResidentModel:
         self._loaded: tuple[Params, list[int]] | None = None
         by_identity = {id(tensor): name for name, tensor in kept.items()}
         self._canonical = {name: by_identity[id(t)] for name, t in persistent.items() if id(t) in by_identity}
+
+    @property
+    def tied(self) -> bool:
+        """Whether an array has several names."""
+        return any(name != canonical for name, canonical in self._canonical.items())
 
     def state(self) -> ModelState:
         """Returns copies of the module's arrays."""
@@ -86,6 +104,10 @@ class ResidentModel:
         """Forgets the gradients, as an optimizer's ``zero_grad`` does in ten times the time."""
         for tensor in self.params.values():
             tensor.grad = None
+
+    def syncing(self, *, last: bool) -> AbstractContextManager[object]:  # noqa: ARG002 - there is no one else
+        """Returns the context of a backward pass: that of any other code."""
+        return _NOTHING
 
     def delta(self, before: ModelState) -> tuple[dict[str, Array], dict[str, Array]]:
         """Returns what training changed in the parameters and in the buffers, in float64."""
@@ -198,6 +220,13 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
             yield
         finally:
             torch.set_rng_state(before)
+
+
+def reseed(device: torch.device, seed: int) -> None:
+    """Seeds torch's generators on the CPU and on ``device``; inside of :func:`seeded`, which undoes it."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _writes(tensor: Tensor) -> int:

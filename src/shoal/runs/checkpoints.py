@@ -23,7 +23,6 @@ from shoal.types import Array, Params
 FORMAT = 1
 TENSORS = "state.safetensors"
 DESCRIPTION = "state.json"
-PREFIX = "round-"
 UNFINISHED = ".writing-"
 
 
@@ -31,8 +30,8 @@ UNFINISHED = ".writing-"
 class Checkpoint:
     """A state as it was read back."""
 
-    round: int
-    """After which round it was written."""
+    number: int
+    """After which round or step it was written."""
     tensors: dict[str, Array]
     """Arrays of the kind that was saved, on the CPU."""
     meta: dict[str, Any]
@@ -47,26 +46,28 @@ class Checkpoints:
     Args:
         folder: Where they are; it need not exist.
         keep: How many of the latest to keep, ≥ 1.
+        unit: What they are numbered by: "round" or "step".
     """
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, unit: str = "round") -> None:
         self._folder = folder
         self._keep = keep
+        self._unit = unit
 
-    def save(self, round: int, tensors: Params, meta: Mapping[str, Any], *, best: int | None) -> None:
+    def save(self, number: int, tensors: Params, meta: Mapping[str, Any], *, best: int | None) -> None:
         """Writes a checkpoint and removes those that are no longer kept.
 
         Args:
-            round: The last round that the state includes.
+            number: The last round or step that the state includes.
             tensors: A flat tree of numpy arrays or torch tensors.
             meta: Anything else that is JSON.
-            best: The round of the best checkpoint, which is kept beside the latest.
+            best: The number of the best checkpoint, which is kept beside the latest.
 
         Raises:
             StorageError: The disk is full or refuses; the checkpoints before are whole.
             ConfigurationError: safetensors has no such dtype, for instance numpy's complex128.
         """
-        target = self._path(round)
+        target = self._path(number)
         temporary = self._folder / f"{UNFINISHED}{target.name}"
         with storing(target):
             if not self._folder.exists():
@@ -78,7 +79,7 @@ class Checkpoints:
                 save_tensors(temporary / TENSORS, tensors)
                 description = {
                     "format": FORMAT,
-                    "round": round,
+                    self._unit: number,
                     "framework": trees.framework(tensors),
                     "sha256": _sha256(temporary / TENSORS),
                     "best": best,
@@ -93,18 +94,18 @@ class Checkpoints:
                 raise
         self._prune()
 
-    def load(self, round: int) -> Checkpoint:
+    def load(self, number: int) -> Checkpoint:
         """Reads one checkpoint.
 
         Raises:
             CheckpointError: It is missing or damaged.
         """
-        path = self._path(round)
+        path = self._path(number)
         try:
             description = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
             _check(description, path)
             tensors = _load_tensors(path / TENSORS, description["framework"])
-            return Checkpoint(round=description["round"], tensors=tensors, meta=description["meta"])
+            return Checkpoint(number=description[self._unit], tensors=tensors, meta=description["meta"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {path.name} is damaged ({error})") from error
 
@@ -115,41 +116,41 @@ class Checkpoints:
             CheckpointError: There are checkpoints, and every one is damaged.
         """
         notices: list[str] = []
-        for round in sorted(self.rounds(), reverse=True):
+        for number in sorted(self.numbers(), reverse=True):
             try:
-                found = self.load(round)
+                found = self.load(number)
             except CheckpointError as error:
                 notices.append(str(error))
                 continue
-            told = [f"{notice}; going on from {self._path(found.round).name}" for notice in notices]
-            return Checkpoint(round=found.round, tensors=found.tensors, meta=found.meta, notices=told)
+            told = [f"{notice}; going on from {self._path(found.number).name}" for notice in notices]
+            return Checkpoint(number=found.number, tensors=found.tensors, meta=found.meta, notices=told)
         if notices:
             raise CheckpointError(f"no checkpoint in {self._folder} can be read: {notices[0]}")
         return None
 
-    def discard_after(self, round: int) -> None:
-        """Removes checkpoints of later rounds, damaged ones among them, and what a crash left unfinished."""
-        for later in [number for number in self.rounds() if number > round]:
+    def discard_after(self, number: int) -> None:
+        """Removes later checkpoints, damaged ones among them, and what a crash left unfinished."""
+        for later in [other for other in self.numbers() if other > number]:
             self._remove(self._path(later))
         for leftover in self._folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(leftover)
 
-    def rounds(self) -> list[int]:
-        """Returns the rounds that there are checkpoints of, ascending."""
-        names = [path.name.removeprefix(PREFIX) for path in self._folder.glob(f"{PREFIX}*")]
+    def numbers(self) -> list[int]:
+        """Returns the rounds or steps that there are checkpoints of, ascending."""
+        names = [path.name.partition("-")[2] for path in self._folder.glob(f"{self._unit}-*")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def _prune(self) -> None:
-        rounds = self.rounds()
-        kept = set(rounds[-self._keep :])
+        numbers = self.numbers()
+        kept = set(numbers[-self._keep :])
         # Each of the latest may be the one to go on from, if newer ones turn out damaged; then its best is needed.
         kept |= {best for latest in kept if (best := self._best_of(latest)) is not None}
-        for old in set(rounds) - kept:
+        for old in set(numbers) - kept:
             self._remove(self._path(old))
 
-    def _best_of(self, round: int) -> int | None:
+    def _best_of(self, number: int) -> int | None:
         try:
-            best = json.loads((self._path(round) / DESCRIPTION).read_text(encoding="utf-8"))["best"]
+            best = json.loads((self._path(number) / DESCRIPTION).read_text(encoding="utf-8"))["best"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return best if isinstance(best, int) else None
@@ -162,8 +163,8 @@ class Checkpoints:
             path.rename(doomed)
             shutil.rmtree(doomed)
 
-    def _path(self, round: int) -> Path:
-        return self._folder / f"{PREFIX}{round:06d}"
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._unit}-{number:06d}"
 
 
 def _check(description: Mapping[str, Any], path: Path) -> None:

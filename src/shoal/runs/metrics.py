@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a round."""
+"""``metrics.jsonl``: one JSON object a round, or an epoch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 from shoal.runs.files import storing, sync_folder, write_atomic
 
-TIME_KEYS = frozenset({"seconds", "clients_per_second", "elapsed"})
+UNITS = ("round", "epoch")
+"""What records are numbered by."""
+
+TIME_KEYS = frozenset({"seconds", "clients_per_second", "samples_per_second", "elapsed"})
 """The keys whose values are measured times; two equal runs agree in all others."""
 
 
@@ -44,12 +47,12 @@ class MetricsLog:
                 os.ftruncate(stream.fileno(), start)  # no half of a line stays
                 raise
 
-    def truncate(self, last_round: int) -> None:
-        """Removes the records of later rounds, and a last line that a crash has torn."""
+    def truncate(self, last: int) -> None:
+        """Removes the records of later rounds or epochs, and a last line that a crash has torn."""
         if not self._path.exists():
             return
         lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parsed(line)) is not None and record["round"] <= last_round]
+        kept = [line for line in lines if (record := _parsed(line)) is not None and number(record) <= last]
         if kept != lines:
             write_atomic(self._path, b"".join(kept))
 
@@ -62,6 +65,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [record for record in records if record is not None]
 
 
+def unit(record: Mapping[str, Any]) -> str:
+    """Returns what a record is numbered by."""
+    return next(name for name in UNITS if name in record)
+
+
+def number(record: Mapping[str, Any]) -> int:
+    """Returns the round or epoch of a record."""
+    return int(record[unit(record)])
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
     if not line.endswith(b"\n"):
         return None
@@ -69,7 +82,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:  # no JSON, or no text: a power cut may leave any bytes
         return None
-    return record if isinstance(record, dict) and "round" in record else None
+    return record if isinstance(record, dict) and any(name in record for name in UNITS) else None
 
 
 def _finite(value: Any) -> Any:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
-from shoal.engines.torch_group import TorchGroup, interface_of
+from shoal.engines.torch_group import TorchGroup
 from shoal.errors import WorkerError
+from shoal.learners.torch_network import interface_of
 
 
 @pytest.mark.parametrize(

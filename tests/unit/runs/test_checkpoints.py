@@ -43,7 +43,7 @@ def test_arrays_of_every_kind_come_back(kind, tmp_path):
     tree = TREES[kind]
     Checkpoints(tmp_path / "new", keep=1).save(3, tree, {"elapsed": 0.5}, best=None)
     found = Checkpoints(tmp_path / "new", keep=1).load_latest()
-    assert (found.round, found.meta, found.notices) == (3, {"elapsed": 0.5}, [])
+    assert (found.number, found.meta, found.notices) == (3, {"elapsed": 0.5}, [])
     assert_equal(found.tensors, tree)
     assert {name: array.dtype for name, array in found.tensors.items()} == {n: a.dtype for n, a in tree.items()}
     files = [path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()]
@@ -59,16 +59,16 @@ def saved(folder, rounds, *, keep=3, bests=None):
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path):
-    assert saved(tmp_path / "a", range(1, 9)).rounds() == [6, 7, 8]
-    assert saved(tmp_path / "b", range(1, 9), keep=1, bests=dict.fromkeys(range(1, 9), 2)).rounds() == [2, 8]
+    assert saved(tmp_path / "a", range(1, 9)).numbers() == [6, 7, 8]
+    assert saved(tmp_path / "b", range(1, 9), keep=1, bests=dict.fromkeys(range(1, 9), 2)).numbers() == [2, 8]
 
 
 def test_the_best_that_an_older_one_would_need_is_kept_too(tmp_path):
     bests = dict.fromkeys(range(2, 8), 2) | {8: 8}
     checkpoints = saved(tmp_path, range(1, 9), bests=bests)
-    assert checkpoints.rounds() == [2, 6, 7, 8]
+    assert checkpoints.numbers() == [2, 6, 7, 8]
     (tmp_path / "round-000008" / "state.json").unlink()
-    assert checkpoints.load_latest().round == 7
+    assert checkpoints.load_latest().number == 7
     assert checkpoints.load(2).meta == {"number": 2}
 
 
@@ -104,14 +104,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_notice(name, damage, tmp_pat
     checkpoints = saved(tmp_path, [1, 2, 3])
     damage(tmp_path / "round-000003" / name)
     found = checkpoints.load_latest()
-    assert found.round == 2
+    assert found.number == 2
     assert len(found.notices) == 1
     assert found.notices[0].startswith("checkpoint round-000003 is damaged (")
     assert found.notices[0].endswith("; going on from round-000002")
     checkpoints.discard_after(2)
-    assert checkpoints.rounds() == [1, 2]
+    assert checkpoints.numbers() == [1, 2]
     checkpoints.save(3, {"x": np.zeros(1)}, {}, best=None)
-    assert checkpoints.load_latest().round == 3
+    assert checkpoints.load_latest().number == 3
 
 
 def test_all_damaged_is_an_error_and_none_is_none(tmp_path):
@@ -128,7 +128,7 @@ def test_what_a_crash_left_unfinished_is_removed(tmp_path):
     leftover = tmp_path / ".writing-round-000002"
     leftover.mkdir()
     (leftover / "state.safetensors").write_bytes(b"half")
-    assert checkpoints.load_latest().round == 1
+    assert checkpoints.load_latest().number == 1
     checkpoints.discard_after(1)
     assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
 
@@ -165,13 +165,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_latest_checkpoint_and_its_best(tmp_
         checkpoints = Checkpoints(tmp_path, keep=2)
         found = checkpoints.load_latest()
         assert found.notices == []
-        assert found.round >= latest
-        assert found.tensors["x"][0] == found.round or found.round == 5
-        best = found.round - found.round % 5
-        assert checkpoints.load(best).round == best
-        ends.add(found.round)
-        checkpoints.discard_after(found.round)
-        latest = found.round
+        assert found.number >= latest
+        assert found.tensors["x"][0] == found.number or found.number == 5
+        best = found.number - found.number % 5
+        assert checkpoints.load(best).number == best
+        ends.add(found.number)
+        checkpoints.discard_after(found.number)
+        latest = found.number
     assert len(ends) > 5
 
 

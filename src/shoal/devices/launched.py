@@ -1,0 +1,97 @@
+"""What a launcher has told this process: which of several it is."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from shoal.errors import ConfigurationError
+
+PORTS = range(15000, 35000)
+"""Where the processes of a Slurm job meet: at a port of the job's own, below those that the system gives away."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """This process among those that a launcher started together."""
+
+    rank: int
+    """Which one this is, over all machines."""
+    count: int
+    """How many there are."""
+    local_rank: int
+    """Which one on this machine."""
+    local_count: int
+    """How many on this machine."""
+    address: str
+    """The machine of rank 0."""
+    port: int
+    """Where they meet on it."""
+
+    @classmethod
+    def here(cls) -> Self | None:
+        """Returns what torchrun or Slurm says of this process; None where no launcher has started several.
+
+        Raises:
+            ConfigurationError: It is incomplete.
+        """
+        environment = os.environ
+        if "RANK" in environment and "WORLD_SIZE" in environment:
+            try:
+                rank, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+                return cls(
+                    rank=rank,
+                    count=count,
+                    local_rank=int(environment.get("LOCAL_RANK", rank)),
+                    local_count=int(environment.get("LOCAL_WORLD_SIZE", count)),
+                    address=environment["MASTER_ADDR"],
+                    port=int(environment["MASTER_PORT"]),
+                )
+            except (KeyError, ValueError) as error:
+                raise ConfigurationError(
+                    f"RANK is set, but the launcher's environment is incomplete: {error}"
+                ) from error
+        # A batch script runs as one task of its own, and starts the others with srun.
+        if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+            return cls._by_slurm()
+        return None
+
+    @classmethod
+    def _by_slurm(cls) -> Self:
+        environment = os.environ
+        try:
+            job = int(environment["SLURM_JOB_ID"])
+            step = int(environment.get("SLURM_STEP_ID", "0"))
+            return cls(
+                rank=int(environment["SLURM_PROCID"]),
+                count=int(environment["SLURM_NTASKS"]),
+                local_rank=int(environment["SLURM_LOCALID"]),
+                local_count=_tasks_here(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"])),
+                address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
+                port=int(environment.get("MASTER_PORT") or PORTS[(job * 7 + step) % len(PORTS)]),
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigurationError(
+                f"Slurm's environment is incomplete: {error}; start the ranks with srun"
+            ) from error
+
+
+def _first_host(nodes: str) -> str:
+    """Returns the first host of Slurm's short form: ``gpu[07-09,12],cpu1`` begins with ``gpu07``."""
+    found = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    if found is None:
+        raise ValueError(f"no host in {nodes!r}")
+    return found[1] + (found[2] or "")
+
+
+def _tasks_here(counts: str, node: int) -> int:
+    """Returns a node's number of tasks from Slurm's short form: ``2(x3),1`` is 2, 2, 2, 1."""
+    each: list[int] = []
+    for part in counts.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ValueError(f"no number of tasks in {part!r}")
+        each += [int(found[1])] * int(found[2] or 1)
+    return each[node]

@@ -1,0 +1,155 @@
+"""A module spread over devices: one copy, copies, or parts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from shoal.devices import Devices
+from shoal.errors import ConfigurationError
+from shoal.learners.torch_devices import cuda_ids
+from shoal.learners.torch_model import ResidentModel
+from shoal.learners.torch_ranks import Ranks
+
+UNIT = 0.25
+"""A part of a model with more than this share of its parameters is divided further before FSDP gathers it whole."""
+
+
+class SpreadModel:
+    """A module as the step of one rank sees it.
+
+    Args:
+        resident: The module on this rank's device; the strategy may change it for good.
+        devices: Names the strategy.
+        ranks: Those that train together.
+
+    Raises:
+        ConfigurationError: The strategy cannot have the module.
+    """
+
+    def __init__(self, resident: ResidentModel, devices: Devices, ranks: Ranks) -> None:
+        self.module = resident.module
+        self.call: Callable[[Any], Any] = resident.call
+        """Runs the module on a batch, for training."""
+        self._evaluating: Callable[[Any], Any] = resident.call
+        self._sync: Callable[[bool], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext()
+        if devices.strategy == "dp":
+            ids = list(cuda_ids(devices, torch.cuda.device_count()))
+            self.call = self._evaluating = nn.DataParallel(self.module, device_ids=ids)
+        elif devices.strategy == "ddp":
+            self._copy(ranks)
+        elif devices.strategy == "fsdp":
+            self._divide(resident, ranks)
+        current = dict(self.module.named_parameters())
+        self.params: dict[str, nn.Parameter] = {name: current[name] for name in resident.params}
+        """The parameters to train; with ``fsdp``, this rank's parts of them."""
+
+    def evaluate(self, inputs: Any) -> Any:
+        """Runs the module on a batch that the other ranks need not have; with ``fsdp`` they must have one too."""
+        return self._evaluating(inputs)
+
+    def syncing(self, *, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Returns the context of one of a step's backward passes; the ranks' gradients meet in the last."""
+        return self._sync(last)
+
+    def drop_gradients(self) -> None:
+        """Forgets the gradients."""
+        for tensor in self.params.values():
+            tensor.grad = None
+
+    def _copy(self, ranks: Ranks) -> None:
+        on = [ranks.device.index] if ranks.device.type == "cuda" else None
+        # The gradients lie where they are sent from: no copy of them is kept.
+        copied = nn.parallel.DistributedDataParallel(self.module, device_ids=on, gradient_as_bucket_view=True)
+        self.call = copied
+
+        def sync(last: bool) -> contextlib.AbstractContextManager[object]:
+            return contextlib.nullcontext() if last else copied.no_sync()
+
+        self._sync = sync
+
+    def _divide(self, resident: ResidentModel, ranks: Ranks) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+        if not isinstance(self.module, FSDPModule):  # the user may have divided it already
+            # A tied parameter must not be in two units.
+            for unit in [] if resident.tied else _units(self.module):
+                fully_shard(unit, mesh=mesh)
+            fully_shard(self.module, mesh=mesh)
+        divided = cast("FSDPModule", self.module)
+        self.call = self._evaluating = self.module
+
+        @contextlib.contextmanager
+        def sync(last: bool) -> Iterator[None]:
+            divided.set_requires_gradient_sync(last)
+            yield
+
+        self._sync = sync
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a tensor as it is on one device: of a part, all parts together; every rank must ask."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, parameter: Tensor) -> Tensor:
+    """Returns what a rank keeps of a whole tensor: of one shaped as a parameter, the part that it has of that."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    on = value.to(parameter.device)
+    return distribute_tensor(on, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor into one that may hold this rank's part of it; every rank has the whole."""
+    tensor.copy_(part_of(value, tensor))
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """Returns the parts of a module that are gathered and let go of one after the other.
+
+    They are members of lists and sequences, because these are sure to be called; other parts may only lend their
+    parameters, as the projection of ``nn.MultiheadAttention`` does.
+    """
+    most = UNIT * sum(parameter.numel() for parameter in module.parameters())
+
+    def parts(inside: nn.Module) -> Iterator[nn.Module]:
+        listed = isinstance(inside, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        for child in inside.children():
+            size = sum(parameter.numel() for parameter in child.parameters())
+            called = listed and not isinstance(child, nn.ModuleList | nn.ModuleDict)
+            if called and 0 < size <= most:
+                yield child
+            else:
+                yield from parts(child)
+
+    return list(parts(module))
+
+
+def check_strategy(devices: Devices, device: torch.device, module: nn.Module, params: Mapping[str, Tensor]) -> None:
+    """Refuses what a strategy cannot do.
+
+    Raises:
+        ConfigurationError: It is that.
+    """
+    if devices.precision == "fp16" and device.type == "cpu":
+        raise ConfigurationError("fp16 is for CUDA devices: on a CPU use precision='bf16' or 'fp32'")
+    if devices.strategy == "dp" and device.type != "cuda":
+        raise ConfigurationError("strategy 'dp' copies a model among CUDA devices, and there is none: use 'ddp'")
+    kinds = {parameter.dtype for parameter in params.values()}
+    if devices.strategy == "fsdp" and len(kinds) > 1:
+        raise ConfigurationError(
+            f"strategy 'fsdp' divides parameters of one dtype, and {type(module).__name__} trains "
+            f"{', '.join(sorted(str(kind) for kind in kinds))}: use 'ddp'"
+        )

@@ -1,0 +1,306 @@
+"""A model in training on one site's devices, step by step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.data import Dataset
+from shoal.errors import ConfigurationError, DataError
+from shoal.learners.batches import Piece, draw_order, draw_seed, pieces
+from shoal.learners.torch_devices import computing, cuda_ids
+from shoal.learners.torch_loading import training_batches
+from shoal.learners.torch_model import reseed, seeded
+from shoal.learners.torch_optimizer_state import pack_optimizer, unpack_optimizer
+from shoal.learners.torch_ranks import Ranks
+from shoal.learners.torch_step import Stepper, needs_closure
+from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, whole
+from shoal.learners.torch_tally import Tally, mean
+from shoal.learners.torch_usage import Usage
+from shoal.randomness import generator
+from shoal.types import ModelState
+
+if TYPE_CHECKING:
+    from shoal.learners.torch import TorchLearner
+
+MODEL = ("params", "buffers", "constants")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How large a step is."""
+
+    per_device: int
+    """Examples that a device computes at a time."""
+    devices: int
+    """How many devices there are."""
+    accumulate: int
+    """How many batches on each device make a step."""
+
+    @property
+    def effective(self) -> int:
+        """Examples in a step."""
+        return self.per_device * self.devices * self.accumulate
+
+
+class TorchTraining:
+    """A learner's model on its devices, from the first step of a training to the last.
+
+    What it computes is a function of the learner, the data and the seed, whatever the number of ranks: a step's
+    examples, and their mean gradient, are those of one device with a batch of the same effective size. The order of an
+    epoch is drawn from (seed, epoch), and noise from (seed, step, rank), so there are no random states to keep.
+
+    Args:
+        learner: Says what to train and how, and on which devices.
+        data: All examples.
+        epochs: Passes over them.
+        seed: Decides the first parameters, the order of the examples and the noise.
+        ranks: Those that train together.
+
+    Raises:
+        ConfigurationError: The devices or the optimizer cannot do it.
+        DataError: There are fewer examples than devices.
+    """
+
+    def __init__(self, learner: TorchLearner, data: Dataset, *, epochs: int, seed: int, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._learner = learner
+        self._data = data
+        self._seed = seed
+        devices = learner.devices
+        self._per_process = len(cuda_ids(devices, torch.cuda.device_count())) if devices.strategy == "dp" else 1
+        self.batching = Batching(
+            per_device=learner.batch_size or -(-len(data) // (ranks.count * self._per_process)),
+            devices=ranks.count * self._per_process,
+            accumulate=learner.accumulate,
+        )
+        if len(data) < self.batching.devices:
+            raise DataError(f"{len(data)} examples cannot be divided among {self.batching.devices} devices: use fewer")
+        self.steps_per_epoch = -(-len(data) // self.batching.effective)
+        self.steps = self.steps_per_epoch * epochs
+        self.step = 0
+        """How many steps are done."""
+        learner.init(seed)
+        resident = learner.resident
+        check_strategy(devices, learner.device, resident.module, resident.params)
+        self._model = SpreadModel(resident, devices, ranks)
+        self._optimizer = learner.optimizer(list(self._model.params.values()))
+        if ranks.count > 1 and needs_closure(self._optimizer):
+            raise ConfigurationError(
+                f"{type(self._optimizer).__name__} searches along a line by itself, which several ranks would do "
+                "each in its own way: use one device, or another optimizer"
+            )
+        scales = devices.precision == "fp16"
+        self._scaler = torch.amp.GradScaler(learner.device.type) if scales else None
+        self._stepper = Stepper(learner, self._model, self._optimizer, None, self._scaler)
+        self._epoch: Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]] | None = None
+        self.usage = Usage(learner.device)
+
+    @property
+    def examples_seen(self) -> int:
+        """How many examples all ranks together have trained on."""
+        epochs, step = divmod(self.step, self.steps_per_epoch)
+        return epochs * len(self._data) + min(step * self.batching.effective, len(self._data))
+
+    def advance(self, until: int) -> dict[str, float]:
+        """Takes steps, at most to the end of the epoch; waits for the device.
+
+        Args:
+            until: The number of steps to have done then, more than now.
+
+        Returns:
+            The loss and the metrics, as means over the examples of these steps on all ranks.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        learner, tally = self._learner, Tally()
+        self._model.module.train()
+        with seeded(learner.device, 0), computing(learner.device, learner.devices.threads):
+            while self.step < until:
+                if self._epoch is None:
+                    self._epoch = self._open_epoch()
+                parts, batches = next(self._epoch)
+                self._take(parts, batches, tally)
+                self.step += 1
+                if self.step % self.steps_per_epoch == 0:
+                    self._epoch = None
+                    break
+            means = self._over_ranks(tally)
+        self.usage.look()
+        return means
+
+    def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
+        learner = self._learner
+        reseed(learner.device, draw_seed(generator(self._seed, "noise", round=self.step, client=self.ranks.rank)))
+        if learner.schedule:
+            self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
+        # The strategies take the mean over the ranks.
+        count = self.ranks.count
+        taken = [learner.step_batch(pair, part.share * count) for pair, part in zip(batches, parts, strict=True)]
+        for part, means in zip(parts, self._stepper.take(taken), strict=True):
+            tally.add(means, part.count)
+
+    def _open_epoch(self) -> Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]]:
+        """Yields what is left of the epoch: each step's pieces of this rank, and their samples."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        size, ranks, total = self.batching.effective, self.ranks, len(self._data)
+        rng = generator(self._seed, "fit", round=epoch + 1)
+        draw_seed(rng)  # as in a client's training, which an epoch is
+        order = draw_order(total, total, rng)
+        starts = range(done * size, total, size)
+        steps = [
+            pieces(
+                min(size, total - start),
+                batch_size=self.batching.per_device * self._per_process,
+                ranks=ranks.count,
+                rank=ranks.rank,
+            )
+            for start in starts
+        ]
+        picked = [
+            # A rank with nothing to do computes one example, of which nothing counts.
+            order[start + piece.start : start + piece.start + piece.count] if piece.count else order[start : start + 1]
+            for start, step in zip(starts, steps, strict=True)
+            for piece in step
+        ]
+        learner = self._learner
+        batches = training_batches(
+            learner.samples,
+            self._data,
+            np.concatenate(picked),
+            [len(part) for part in picked],
+            workers=learner.workers,
+            device=learner.device,
+        )
+        for step in steps:
+            yield step, [next(batches) for _ in step]
+
+    def _over_ranks(self, tally: Tally) -> dict[str, float]:
+        """Returns the means over the examples of all ranks."""
+        values, examples = tally.read(), tally.examples
+        own = [mean(each, examples) if sum(examples) else 0.0 for each in values.values()]
+        rows = self.ranks.gather([*own, float(sum(examples))])
+        counts = [int(row[-1]) for row in rows]
+        return {name: mean([row[index] for row in rows], counts) for index, name in enumerate(values)}
+
+    def evaluate(self, data: Dataset) -> dict[str, float]:
+        """Returns the loss and the metrics, as means over ``data``: the same bits on any number of ranks.
+
+        The ranks take the batches in turn; none is computed twice for the mean.
+
+        Raises:
+            DataError: There is no example.
+            WorkerError: A rank is gone.
+        """
+        tally = Tally()
+        for output, targets, count in self._evaluated(data):
+            means = {"loss": self._learner.loss(output, targets), **self._learner.measure(output, targets)}
+            tally.add(means, count)
+        values = tally.read()
+        own = [*chain.from_iterable(values.values()), *map(float, tally.examples)]
+        tables = [np.reshape(row, (len(values) + 1, -1)) for row in self.ranks.gather(own)]
+        # The batches in their own order: the second of rank 0 comes after the first of the last rank.
+        ordered: list[list[float]] = np.stack(tables).transpose(1, 2, 0).reshape(len(values) + 1, -1).tolist()
+        *columns, counts = ordered
+        examples = [int(count) for count in counts]
+        return {name: mean(column, examples) for name, column in zip(values, columns, strict=True)}
+
+    def confusion(self, data: Dataset) -> np.ndarray | None:
+        """Returns how many examples of each class were taken for which, int64 [classes, classes]; None for no classes.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        total: Tensor | None = None
+        for output, targets, count in self._evaluated(data):
+            if not self._learner.classifies(output, targets) or output.ndim != 2:
+                return None
+            classes = output.shape[1]
+            cells = (targets.long() * classes + output.argmax(1))[: count or 0]
+            found = torch.bincount(cells, minlength=classes * classes)
+            total = found if total is None else total + found
+        if total is None:
+            return None
+        table: np.ndarray = np.sum(self.ranks.gather(total.double().tolist()), axis=0).astype(np.int64)
+        side = math.isqrt(len(table))
+        return table.reshape(side, side)
+
+    def _evaluated(self, data: Dataset) -> Iterator[tuple[Any, Tensor, int]]:
+        """Yields this rank's outputs and targets, as many batches as any rank has; of one too many 0 examples count."""
+        if len(data) == 0:
+            raise DataError("there is no example to evaluate on")
+        learner, ranks = self._learner, self.ranks
+        size = learner.eval_batch_size
+        starts = range(0, len(data), size)
+        self._model.module.eval()
+        with (
+            seeded(learner.device, 0),
+            torch.no_grad(),
+            computing(learner.device, learner.devices.threads),
+            learner.autocast(),
+        ):
+            for number in range(ranks.rank, -(-len(starts) // ranks.count) * ranks.count, ranks.count):
+                start = starts[number] if number < len(starts) else 0
+                indices = np.arange(start, min(start + size, len(data)))
+                inputs, targets = learner.batch(data, indices)
+                yield self._model.evaluate(inputs), targets, len(indices) if number < len(starts) else 0
+
+    def model(self) -> ModelState:
+        """Returns copies of the whole model's arrays, on the CPU; every rank must ask."""
+        resident = self._learner.resident
+        parts = (self._model.params, resident.buffers, self._constants())
+        trees = [{name: whole(array.detach()).cpu().clone() for name, array in part.items()} for part in parts]
+        return ModelState(params=trees[0], buffers=trees[1], constants=trees[2])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Returns all that a crash must not lose, as tensors on the CPU and JSON; every rank must ask.
+
+        Raises:
+            ConfigurationError: The optimizer keeps something that is neither numbers nor tensors.
+        """
+        model = self.model()
+        tensors = {f"{part}/{name}": array for part in MODEL for name, array in getattr(model, part).items()}
+        kept, optimizer = pack_optimizer(self._optimizer, self._model.params)
+        scaler = None if self._scaler is None else self._scaler.state_dict()
+        return tensors | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
+
+    def restore(self, tensors: Mapping[str, Tensor] | None, meta: Mapping[str, Any] | None) -> None:
+        """Goes on from a state, which may have been written by another number of ranks.
+
+        Args:
+            tensors: As :meth:`state` gave them; None on ranks other than 0.
+            meta: Likewise.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        shared, told = self.ranks.share(tensors, meta)
+        resident = self._learner.resident
+        for part, own in zip(MODEL, (self._model.params, resident.buffers, self._constants()), strict=True):
+            for name, tensor in own.items():
+                fill(tensor, shared[f"{part}/{name}"])
+        unpack_optimizer(self._optimizer, self._model.params, shared, told["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(told["scaler"])
+        self.step, self._epoch = int(told["step"]), None
+
+    def _constants(self) -> Mapping[str, Tensor]:
+        """Returns the model's other arrays, which a strategy may have replaced."""
+        current = dict(self._model.module.named_parameters()) | dict(self._model.module.named_buffers())
+        return {name: current[name] for name in self._learner.resident.constants}
+
+
+def clock(training: TorchTraining) -> float:
+    """Returns the time, on a clock of no particular beginning, when the device has done what it was given."""
+    if training.ranks.device.type == "cuda":
+        torch.cuda.synchronize(training.ranks.device)
+    return time.perf_counter()

@@ -1,0 +1,39 @@
+"""Ctrl-C at the right moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+@contextmanager
+def deferred(*signals: signal.Signals) -> Iterator[None]:
+    """Holds signals back until the block has ended: what it writes belongs together.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pending: list[tuple[int, FrameType | None]] = []
+    before = {number: signal.getsignal(number) for number in signals}
+    for number in before:
+        signal.signal(number, lambda signum, frame: pending.append((signum, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for signum, frame in pending[:1]:
+            _deliver(before[signal.Signals(signum)], signum, frame)
+
+
+def _deliver(handler: Any, signum: int, frame: FrameType | None) -> None:
+    if callable(handler):
+        handler(signum, frame)
+    elif handler == signal.SIG_DFL:
+        signal.raise_signal(signum)
