@@ -21,8 +21,17 @@ if TYPE_CHECKING:
     from shoal.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from shoal.devices import Devices
     from shoal.federation import Callback, Experiment, FederationResult, Progress, federate, run_experiment
+    from shoal.learners.schedules import WarmupCosine
     from shoal.learners.torch import TorchLearner, scale_pixels
     from shoal.runs import write_report
+    from shoal.training import (
+        Training,
+        TrainingCallback,
+        TrainingProgress,
+        TrainingResult,
+        run_training,
+        train,
+    )
     from shoal.types import Broadcast, LocalObjective, ModelState, Update
 
 __all__ = [
@@ -41,14 +50,21 @@ __all__ = [
     "ModelState",
     "Progress",
     "TorchLearner",
+    "Training",
+    "TrainingCallback",
+    "TrainingProgress",
+    "TrainingResult",
     "Update",
+    "WarmupCosine",
     "__version__",
     "data",
     "engines",
     "errors",
     "federate",
     "run_experiment",
+    "run_training",
     "scale_pixels",
+    "train",
     "write_report",
 ]
 
@@ -57,7 +73,16 @@ _HOMES = {
     "shoal.devices": ("Devices",),
     "shoal.federation": ("Callback", "Experiment", "FederationResult", "Progress", "federate", "run_experiment"),
     "shoal.learners.torch": ("TorchLearner", "scale_pixels"),
+    "shoal.learners.schedules": ("WarmupCosine",),
     "shoal.runs": ("write_report",),
+    "shoal.training": (
+        "Training",
+        "TrainingCallback",
+        "TrainingProgress",
+        "TrainingResult",
+        "run_training",
+        "train",
+    ),
     "shoal.types": ("Broadcast", "LocalObjective", "ModelState", "Update"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

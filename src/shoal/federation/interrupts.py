@@ -9,6 +9,6 @@ from shoal.engines import ALARM
 from shoal.runs import deferred
 
 
-def deferred_interrupts() -> AbstractContextManager[None]:
+def deferred_interrupts() -> AbstractContextManager[object]:
     """Holds SIGINT, SIGTERM and the workers' alarm back until the block has ended."""
     return deferred(signal.SIGINT, signal.SIGTERM, ALARM)

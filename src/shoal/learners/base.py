@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -141,5 +142,150 @@ class StackableLearner(Learner, Protocol):
 
         Raises:
             CannotStackError: That would not be exact, or the framework cannot do it; the message names the reason.
+        """
+        ...  # pragma: no cover
+
+
+class Batching(Protocol):
+    """How large a step of a training is."""
+
+    @property
+    def per_device(self) -> int:
+        """Examples that a device computes at a time."""
+        ...  # pragma: no cover
+
+    @property
+    def devices(self) -> int:
+        """How many devices there are."""
+        ...  # pragma: no cover
+
+    @property
+    def accumulate(self) -> int:
+        """How many batches on each device make a step."""
+        ...  # pragma: no cover
+
+    @property
+    def effective(self) -> int:
+        """Examples in a step."""
+        ...  # pragma: no cover
+
+
+def never() -> bool:
+    """Returns False."""
+    return False
+
+
+class OngoingTraining(Protocol):
+    """A model in training on one site's devices, as one of its ranks sees it; all ranks call the same in one order."""
+
+    @property
+    def rank(self) -> int:
+        """Which rank this is; rank 0 writes and speaks."""
+        ...  # pragma: no cover
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+        ...  # pragma: no cover
+
+    @property
+    def model_bytes(self) -> int:
+        """The size of the whole model."""
+        ...  # pragma: no cover
+
+    @property
+    def batching(self) -> Batching:
+        """How large a step is."""
+        ...  # pragma: no cover
+
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        ...  # pragma: no cover
+
+    @property
+    def steps(self) -> int:
+        """How many there are in all."""
+        ...  # pragma: no cover
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many a pass over the data has."""
+        ...  # pragma: no cover
+
+    def advance(self, until: int, stop: Callable[[], bool] = never) -> tuple[dict[str, float], int]:
+        """Takes steps, at most to the end of the epoch, and waits for the devices.
+
+        Args:
+            until: The number of steps to have done then, more than now.
+            stop: Asked before each further step whether to leave it at that; with several ranks it must not say so.
+
+        Returns:
+            The loss and the metrics, as means over the examples of these steps on all ranks; how many examples.
+        """
+        ...  # pragma: no cover
+
+    def evaluate(self, data: Dataset) -> dict[str, float]:
+        """Returns means over ``data``, equal on all ranks."""
+        ...  # pragma: no cover
+
+    def confusion(self, data: Dataset) -> np.ndarray | None:
+        """Returns how many examples of each class were taken for which, int64 [classes, classes]; None: no classes."""
+        ...  # pragma: no cover
+
+    def rates(self) -> list[float]:
+        """Returns the learning rates of the optimizer's groups, as of the last step."""
+        ...  # pragma: no cover
+
+    def usage(self) -> list[tuple[float, float]]:
+        """Returns each rank's peak memory in bytes, and the share of time that its device was busy; NaN: unknown."""
+        ...  # pragma: no cover
+
+    def agreed(self, seconds: float) -> float:
+        """Returns what rank 0 says."""
+        ...  # pragma: no cover
+
+    def model(self) -> ModelState:
+        """Returns copies of the whole model's arrays, on the CPU."""
+        ...  # pragma: no cover
+
+    def put(self, model: ModelState | None) -> None:
+        """Replaces the model's arrays by those that rank 0 gives; the others give None."""
+        ...  # pragma: no cover
+
+    def state(self) -> tuple[Params, dict[str, Any]]:
+        """Returns all that a crash must not lose, as arrays on the CPU and JSON."""
+        ...  # pragma: no cover
+
+    def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Goes on from a state.
+
+        Args:
+            tensors: As :meth:`state` gave them; None on ranks other than 0, and where there is no state.
+            meta: Likewise, and further JSON.
+
+        Returns:
+            The JSON of rank 0; empty where there is no state.
+        """
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class TrainableLearner(Learner, Protocol):
+    """A learner that trains step by step, on all of its devices."""
+
+    def training(
+        self, data: Dataset, *, epochs: int, seed: int, scale_lr: bool = False
+    ) -> AbstractContextManager[OngoingTraining]:
+        """Begins a training on the ranks that were started for the learner's devices.
+
+        Args:
+            data: All examples.
+            epochs: Passes over them.
+            seed: Decides all randomness.
+            scale_lr: Whether learning rates are multiplied with the effective batch by that of one device.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or not for this learner.
         """
         ...  # pragma: no cover

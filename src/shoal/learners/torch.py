@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -21,11 +21,13 @@ from shoal.learners.batches import batch_sizes, draw_order, draw_seed, pieces
 from shoal.learners.schedules import Schedule
 from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
+from shoal.learners.torch_ranks import joined
 from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
 from shoal.learners.torch_stacked import StackedTrainer
 from shoal.learners.torch_step import Batch, Stepper
 from shoal.learners.torch_tally import Tally
+from shoal.learners.torch_training import TorchTraining
 from shoal.types import Broadcast, ModelState, Params, Update
 
 Metric = Callable[[Tensor, Tensor], Tensor]
@@ -247,6 +249,24 @@ class TorchLearner:
         if self.schedule is not None:
             raise CannotStackError("a schedule sets the learning rates of one client, by its own number of steps")
         return StackedTrainer(self, find_stacking(self, dataset))
+
+    @contextmanager
+    def training(self, data: Dataset, *, epochs: int, seed: int, scale_lr: bool = False) -> Iterator[TorchTraining]:
+        """Begins a training on the ranks that were started for the learner's devices.
+
+        Args:
+            data: All examples.
+            epochs: Passes over them.
+            seed: Decides all randomness.
+            scale_lr: Whether learning rates are multiplied with the effective batch by that of one device.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or not for this learner.
+            DataError: There are fewer examples than devices.
+            WorkerError: The other ranks did not come.
+        """
+        with joined(self.devices) as ranks:
+            yield TorchTraining(self, data, epochs=epochs, seed=seed, ranks=ranks, scale_lr=scale_lr)
 
     def on(self, devices: Devices) -> Self:
         """Returns the same learner on other devices."""

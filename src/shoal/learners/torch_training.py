@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from shoal.data import Dataset
 from shoal.errors import ConfigurationError, DataError
+from shoal.learners.base import never
 from shoal.learners.batches import Piece, draw_order, draw_seed, pieces
 from shoal.learners.torch_devices import computing, cuda_ids
 from shoal.learners.torch_loading import training_batches
@@ -26,12 +26,11 @@ from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, w
 from shoal.learners.torch_tally import Tally, mean
 from shoal.learners.torch_usage import Usage
 from shoal.randomness import generator
-from shoal.types import ModelState
+from shoal.trees import flatten, nbytes, unflatten
+from shoal.types import ModelState, Params
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
-
-MODEL = ("params", "buffers", "constants")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,14 +63,22 @@ class TorchTraining:
         epochs: Passes over them.
         seed: Decides the first parameters, the order of the examples and the noise.
         ranks: Those that train together.
+        scale_lr: Whether learning rates are multiplied with the effective batch by that of one device (Goyal et al.
+            2017, section 2.1).
 
     Raises:
         ConfigurationError: The devices or the optimizer cannot do it.
         DataError: There are fewer examples than devices.
     """
 
-    def __init__(self, learner: TorchLearner, data: Dataset, *, epochs: int, seed: int, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, learner: TorchLearner, data: Dataset, *, epochs: int, seed: int, ranks: Ranks, scale_lr: bool = False
+    ) -> None:
+        self._ranks = ranks
+        self.rank = ranks.rank
+        """Which rank this is."""
+        self.ranks = ranks.count
+        """How many there are."""
         self._learner = learner
         self._data = data
         self._seed = seed
@@ -90,9 +97,14 @@ class TorchTraining:
         """How many steps are done."""
         learner.init(seed)
         resident = learner.resident
+        self.model_bytes = nbytes(resident.state().merged())
+        """The size of the whole model."""
         check_strategy(devices, learner.device, resident.module, resident.params)
         self._model = SpreadModel(resident, devices, ranks)
         self._optimizer = learner.optimizer(list(self._model.params.values()))
+        if scale_lr:
+            for group in self._optimizer.param_groups:
+                group["lr"] = group["lr"] * (self.batching.effective / self.batching.per_device)
         if ranks.count > 1 and needs_closure(self._optimizer):
             raise ConfigurationError(
                 f"{type(self._optimizer).__name__} searches along a line by itself, which several ranks would do "
@@ -102,22 +114,17 @@ class TorchTraining:
         self._scaler = torch.amp.GradScaler(learner.device.type) if scales else None
         self._stepper = Stepper(learner, self._model, self._optimizer, None, self._scaler)
         self._epoch: Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]] | None = None
-        self.usage = Usage(learner.device)
+        self._usage = Usage(learner.device)
 
-    @property
-    def examples_seen(self) -> int:
-        """How many examples all ranks together have trained on."""
-        epochs, step = divmod(self.step, self.steps_per_epoch)
-        return epochs * len(self._data) + min(step * self.batching.effective, len(self._data))
-
-    def advance(self, until: int) -> dict[str, float]:
+    def advance(self, until: int, stop: Callable[[], bool] = never) -> tuple[dict[str, float], int]:
         """Takes steps, at most to the end of the epoch; waits for the device.
 
         Args:
             until: The number of steps to have done then, more than now.
+            stop: Asked before each further step whether to leave it at that; with several ranks it must not say so.
 
         Returns:
-            The loss and the metrics, as means over the examples of these steps on all ranks.
+            The loss and the metrics, as means over the examples of these steps on all ranks; how many examples.
 
         Raises:
             WorkerError: A rank is gone.
@@ -134,17 +141,19 @@ class TorchTraining:
                 if self.step % self.steps_per_epoch == 0:
                     self._epoch = None
                     break
-            means = self._over_ranks(tally)
-        self.usage.look()
-        return means
+                if stop():
+                    break
+            means, examples = self._over_ranks(tally)
+        self._usage.look()
+        return means, examples
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
         learner = self._learner
-        reseed(learner.device, draw_seed(generator(self._seed, "noise", round=self.step, client=self.ranks.rank)))
+        reseed(learner.device, draw_seed(generator(self._seed, "noise", round=self.step, client=self._ranks.rank)))
         if learner.schedule:
             self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
         # The strategies take the mean over the ranks.
-        count = self.ranks.count
+        count = self._ranks.count
         taken = [learner.step_batch(pair, part.share * count) for pair, part in zip(batches, parts, strict=True)]
         for part, means in zip(parts, self._stepper.take(taken), strict=True):
             tally.add(means, part.count)
@@ -152,7 +161,7 @@ class TorchTraining:
     def _open_epoch(self) -> Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]]:
         """Yields what is left of the epoch: each step's pieces of this rank, and their samples."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        size, ranks, total = self.batching.effective, self.ranks, len(self._data)
+        size, ranks, total = self.batching.effective, self._ranks, len(self._data)
         rng = generator(self._seed, "fit", round=epoch + 1)
         draw_seed(rng)  # as in a client's training, which an epoch is
         order = draw_order(total, total, rng)
@@ -184,13 +193,13 @@ class TorchTraining:
         for step in steps:
             yield step, [next(batches) for _ in step]
 
-    def _over_ranks(self, tally: Tally) -> dict[str, float]:
-        """Returns the means over the examples of all ranks."""
+    def _over_ranks(self, tally: Tally) -> tuple[dict[str, float], int]:
+        """Returns the means over the examples of all ranks, and how many these are."""
         values, examples = tally.read(), tally.examples
         own = [mean(each, examples) if sum(examples) else 0.0 for each in values.values()]
-        rows = self.ranks.gather([*own, float(sum(examples))])
+        rows = self._ranks.gather([*own, float(sum(examples))])
         counts = [int(row[-1]) for row in rows]
-        return {name: mean([row[index] for row in rows], counts) for index, name in enumerate(values)}
+        return {name: mean([row[index] for row in rows], counts) for index, name in enumerate(values)}, sum(counts)
 
     def evaluate(self, data: Dataset) -> dict[str, float]:
         """Returns the loss and the metrics, as means over ``data``: the same bits on any number of ranks.
@@ -207,7 +216,7 @@ class TorchTraining:
             tally.add(means, count)
         values = tally.read()
         own = [*chain.from_iterable(values.values()), *map(float, tally.examples)]
-        tables = [np.reshape(row, (len(values) + 1, -1)) for row in self.ranks.gather(own)]
+        tables = [np.reshape(row, (len(values) + 1, -1)) for row in self._ranks.gather(own)]
         # The batches in their own order: the second of rank 0 comes after the first of the last rank.
         ordered: list[list[float]] = np.stack(tables).transpose(1, 2, 0).reshape(len(values) + 1, -1).tolist()
         *columns, counts = ordered
@@ -230,7 +239,7 @@ class TorchTraining:
             total = found if total is None else total + found
         if total is None:
             return None
-        table: np.ndarray = np.sum(self.ranks.gather(total.double().tolist()), axis=0).astype(np.int64)
+        table: np.ndarray = np.sum(self._ranks.gather(total.double().tolist()), axis=0).astype(np.int64)
         side = math.isqrt(len(table))
         return table.reshape(side, side)
 
@@ -238,7 +247,7 @@ class TorchTraining:
         """Yields this rank's outputs and targets, as many batches as any rank has; of one too many 0 examples count."""
         if len(data) == 0:
             raise DataError("there is no example to evaluate on")
-        learner, ranks = self._learner, self.ranks
+        learner, ranks = self._learner, self._ranks
         size = learner.eval_batch_size
         starts = range(0, len(data), size)
         self._model.module.eval()
@@ -254,6 +263,26 @@ class TorchTraining:
                 inputs, targets = learner.batch(data, indices)
                 yield self._model.evaluate(inputs), targets, len(indices) if number < len(starts) else 0
 
+    def rates(self) -> list[float]:
+        """Returns the learning rates of the optimizer's groups, as of the last step."""
+        return [float(group["lr"]) for group in self._optimizer.param_groups]
+
+    def usage(self) -> list[tuple[float, float]]:
+        """Returns each rank's peak memory in bytes, and the share of time that its device was busy; NaN: unknown.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        return [(peak, busy) for peak, busy in self._ranks.gather(self._usage.read())]
+
+    def agreed(self, seconds: float) -> float:
+        """Returns what rank 0 says.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        return self._ranks.from_leader([seconds])[0]
+
     def model(self) -> ModelState:
         """Returns copies of the whole model's arrays, on the CPU; every rank must ask."""
         resident = self._learner.resident
@@ -267,31 +296,49 @@ class TorchTraining:
         Raises:
             ConfigurationError: The optimizer keeps something that is neither numbers nor tensors.
         """
-        model = self.model()
-        tensors = {f"{part}/{name}": array for part in MODEL for name, array in getattr(model, part).items()}
         kept, optimizer = pack_optimizer(self._optimizer, self._model.params)
         scaler = None if self._scaler is None else self._scaler.state_dict()
-        return tensors | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
+        return _flat(self.model()) | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
 
-    def restore(self, tensors: Mapping[str, Tensor] | None, meta: Mapping[str, Any] | None) -> None:
+    def put(self, model: ModelState | None) -> None:
+        """Replaces the model's arrays by those that rank 0 gives; the others give None."""
+        shared, _ = self._ranks.share(None if model is None else _flat(model), {})
+        self._fill(shared)
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copies whole arrays, by names such as ``params/…``, into the model."""
+        trees = unflatten(tensors)
+        own: dict[str, Mapping[str, Tensor]] = {
+            "params": self._model.params,
+            "buffers": self._learner.resident.buffers,
+            "constants": self._constants(),
+        }
+        for part, arrays in own.items():
+            for name, array in arrays.items():
+                fill(array, trees[part][name])
+
+    def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:
         """Goes on from a state, which may have been written by another number of ranks.
 
         Args:
-            tensors: As :meth:`state` gave them; None on ranks other than 0.
-            meta: Likewise.
+            tensors: As :meth:`state` gave them; None on ranks other than 0, and where there is no state.
+            meta: Likewise, and further JSON.
+
+        Returns:
+            The JSON of rank 0; empty where there is no state.
 
         Raises:
             WorkerError: A rank is gone.
         """
-        shared, told = self.ranks.share(tensors, meta)
-        resident = self._learner.resident
-        for part, own in zip(MODEL, (self._model.params, resident.buffers, self._constants()), strict=True):
-            for name, tensor in own.items():
-                fill(tensor, shared[f"{part}/{name}"])
+        shared, told = self._ranks.share(tensors, meta)
+        if not told:
+            return {}
+        self._fill(shared)
         unpack_optimizer(self._optimizer, self._model.params, shared, told["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(told["scaler"])
         self.step, self._epoch = int(told["step"]), None
+        return told
 
     def _constants(self) -> Mapping[str, Tensor]:
         """Returns the model's other arrays, which a strategy may have replaced."""
@@ -299,8 +346,6 @@ class TorchTraining:
         return {name: current[name] for name in self._learner.resident.constants}
 
 
-def clock(training: TorchTraining) -> float:
-    """Returns the time, on a clock of no particular beginning, when the device has done what it was given."""
-    if training.ranks.device.type == "cuda":
-        torch.cuda.synchronize(training.ranks.device)
-    return time.perf_counter()
+def _flat(model: ModelState) -> dict[str, Tensor]:
+    """Returns a model's arrays in one flat tree."""
+    return flatten({"params": model.params, "buffers": model.buffers, "constants": model.constants})

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 
 @contextmanager
-def deferred(*signals: signal.Signals) -> Iterator[None]:
-    """Holds signals back until the block has ended: what it writes belongs together.
+def deferred(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
+    """Holds signals back until the block has ended: what it does belongs together.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
+
+    Yields:
+        What tells whether one has come.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     pending: list[tuple[int, FrameType | None]] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
     before = {number: signal.getsignal(number) for number in signals}
     for number in before:
         signal.signal(number, lambda signum, frame: pending.append((signum, frame)))
     try:
-        yield
+        yield lambda: bool(pending)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

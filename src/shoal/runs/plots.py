@@ -9,12 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.errors import MissingExtraError
 from shoal.runs.folder import RunData
-from shoal.runs.metrics import TIME_KEYS
+from shoal.runs.metrics import TIME_KEYS, UNITS, number
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-BOOKKEEPING = TIME_KEYS | {"round", "clients", "failed", "examples", "bytes_up", "bytes_down"}
+BOOKKEEPING = TIME_KEYS | {
+    *UNITS,
+    "step",
+    "learning_rate",
+    "memory_bytes",
+    "utilization",
+    "clients",
+    "failed",
+    "examples",
+    "bytes_up",
+    "bytes_down",
+}
 """Keys of a record that are no metric of a model."""
 
 SPREAD = ("p10", "p50", "p90")
@@ -182,9 +193,9 @@ def _add_band(figure: Figure, run: RunData, key: str) -> None:
 
 
 def _points(run: RunData, key: str) -> tuple[list[int], list[float]]:
-    """Returns the rounds that have a number under a key, and the numbers."""
-    pairs = [(record["round"], record[key]) for record in run.metrics if record.get(key) is not None]
-    return [number for number, _ in pairs], [value for _, value in pairs]
+    """Returns the rounds or epochs that have a number under a key, and the numbers."""
+    pairs = [(number(record), record[key]) for record in run.metrics if record.get(key) is not None]
+    return [place for place, _ in pairs], [value for _, value in pairs]
 
 
 def _plain(figure: Figure) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from shoal.errors import RunFolderError
 from shoal.runs.files import write_atomic
 from shoal.runs.folder import RunData, read_run
+from shoal.runs.metrics import number, unit
 from shoal.runs.plots import Plot, global_metrics, plots
 
 
@@ -88,9 +89,11 @@ def _facts(run: RunData) -> dict[str, str]:
         first, *others = global_metrics(measured[-1])
         facts[f"final {first}"] = f"{measured[-1][first]:.4f}"
         best = _best(measured, first)
-        facts[f"best {first}, round {best['round']}"] = f"{best[first]:.4f}"
+        facts[f"best {first}, {unit(best)} {number(best)}"] = f"{best[first]:.4f}"
         facts |= {f"final {name}": f"{measured[-1][name]:.4f}" for name in others[:1]}
     seconds = sum(record["seconds"] for record in records)
+    if "epoch" in records[0]:
+        return facts | {"epochs": f"{len(records):,}", "training time": _duration(seconds)}
     clients = sum(record["clients"] for record in records)
     facts["rounds"] = f"{len(records):,}"
     facts["client updates"] = f"{clients:,}"
