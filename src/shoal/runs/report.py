@@ -169,8 +169,8 @@ def _duration(seconds: float) -> str:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
+    for name in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.3g} {unit}"
+            return f"{count:.3g} {name}"
         count /= 1000
     return f"{count:.3g} TB"
