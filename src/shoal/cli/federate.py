@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.launch import among_workers, launch_if_asked
-from shoal.errors import ConfigurationError, RunFolderError, RunInterrupted
+from shoal.cli.runs import in_new_folder, new_folders, resume_command
+from shoal.errors import ConfigurationError, RunInterrupted
 
 if TYPE_CHECKING:
     from shoal.federation import Experiment
-
-RUNS = Path("runs")
-"""Where runs go that are given no folder."""
 
 Rounds = Annotated[int | None, typer.Option(help="Number of rounds.")]
 Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round.")]
@@ -99,18 +93,11 @@ def _run(
     if device is not None or precision is not None:
         experiment = _on(experiment, device, precision)
     if run_dir is None and launched_workers():
-        run_dir = next(_new_folders(experiment.name))
+        run_dir = next(new_folders(experiment.name))
     if run_dir is not None:
         _execute(experiment, run_dir, resume=resume or (restarted() and is_run(run_dir)))
         return
-    for path in _new_folders(experiment.name):
-        try:
-            _execute(experiment, path, resume=False)
-        except RunFolderError:
-            if not path.exists():
-                raise
-            continue  # another process has taken the name in the meantime
-        return
+    in_new_folder(experiment.name, lambda path: _execute(experiment, path, resume=False))
 
 
 def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
@@ -119,21 +106,8 @@ def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
     try:
         run_experiment(experiment, run_dir=path, resume=resume, callbacks=[Progress()])
     except RunInterrupted as interrupt:
-        message = f"{interrupt}; to go on: {_resume_command(path)}"
+        message = f"{interrupt}; to go on: {resume_command(path)}"
         raise RunInterrupted(message) from interrupt.__cause__
-
-
-def _new_folders(name: str) -> Iterator[Path]:
-    """Yields names for a run's folder that are free at this moment: runs/digits-0001 and so on."""
-    every = (RUNS / f"{name}-{number:04d}" for number in itertools.count(1))
-    return (path for path in every if not path.exists())
-
-
-def _resume_command(path: Path) -> str:
-    words = [word for word in sys.argv[1:] if word != "--resume"]
-    if not any(word == "--run-dir" or word.startswith("--run-dir=") for word in words):
-        words += ["--run-dir", str(path)]
-    return shlex.join(["shoal", *words, "--resume"])
 
 
 def _on(experiment: Experiment, device: str | None, precision: str | None) -> Experiment:

@@ -159,7 +159,7 @@ def among_workers() -> Iterator[None]:
     if not launched_workers():
         yield
         return
-    _end_with_launcher()
+    end_with_launcher()
     try:
         with Workers.join():
             yield
@@ -169,7 +169,7 @@ def among_workers() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from error
 
 
-def _end_with_launcher() -> None:
+def end_with_launcher() -> None:
     """Lets the system end this process when its launcher ends, however that ends."""
     if LAUNCHER not in os.environ:
         return

@@ -6,16 +6,19 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 from shoal.algorithms import ALGORITHMS
 from shoal.engines import ENGINES, Engine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation import Experiment
+from shoal.training import Training
 
 SCALARS = (bool, int, float, str)
 PARTS = ("algorithm", "learner")
+
+C = TypeVar("C", Experiment, Training)
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, str]:
@@ -54,20 +57,40 @@ def apply(experiment: Experiment, settings: Mapping[str, str], *, also_known: It
         engine = named_engine(settings.get("engine", experiment.engine), of_engine)
         experiment = dataclasses.replace(experiment, engine=engine)
         settings = {key: text for key, text in settings.items() if key.partition(".")[0] != "engine"}
-    known = {**_fields(experiment), "algorithm": str}
-    for part in PARTS:
-        known |= {f"{part}.{field}": hint for field, hint in _fields(getattr(experiment, part)).items()}
+    given = {key: text for key, text in settings.items() if key != "algorithm"}
+    return _with_values(experiment, PARTS, given, also_known=("algorithm", *also_known))
+
+
+def apply_to_training(training: Training, settings: Mapping[str, str], *, also_known: Iterable[str] = ()) -> Training:
+    """Returns the training with other values in the fields that the settings name; as :func:`apply` does.
+
+    Raises:
+        ConfigurationError: A key does not exist, or its value cannot be read.
+    """
+    return _with_values(training, ("learner",), settings, also_known=also_known)
+
+
+def _with_values(config: C, parts: Sequence[str], settings: Mapping[str, str], *, also_known: Iterable[str]) -> C:
+    """Returns a configuration with other values in its fields and in those of its parts.
+
+    Args:
+        config: A dataclass.
+        parts: Which of its fields are dataclasses whose own fields may be named, with a dot.
+        settings: Values by key, as text.
+        also_known: Further keys that exist elsewhere.
+    """
+    known: dict[str, Any] = _fields(config)
+    for part in parts:
+        known |= {f"{part}.{field}": hint for field, hint in _fields(getattr(config, part)).items()}
     for key in settings:
         if key not in known:
             raise unknown_name("setting", key, [*known, *also_known])
-    values = {key: converted(key, text, known[key]) for key, text in settings.items() if key != "algorithm"}
-    for part in PARTS:
+    values = {key: converted(key, text, known[key]) for key, text in settings.items()}
+    for part in parts:
         inner = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{part}.")}
         if inner:
-            experiment = dataclasses.replace(
-                experiment, **{part: dataclasses.replace(getattr(experiment, part), **inner)}
-            )
-    return dataclasses.replace(experiment, **{key: value for key, value in values.items() if "." not in key})
+            config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **inner)})
+    return dataclasses.replace(config, **{key: value for key, value in values.items() if "." not in key})
 
 
 def named_engine(name: str | Engine, settings: Mapping[str, str]) -> Engine:

@@ -152,7 +152,7 @@ def joined(devices: Devices) -> Iterator[Ranks]:
 def _check_count(devices: Devices, place: Launched | None) -> None:
     started = place.count if place else 1
     if devices.count not in {None, started}:
-        fix = f"start it with `torchrun --nproc_per_node={devices.count}`, or with `shoal train`"
+        fix = f"start it with `torchrun --nproc_per_node={devices.count}`, or `shoal train … --devices {devices.count}`"
         what = f"{started} were started" if place else "no launcher has started any"
         raise ConfigurationError(
             f"strategy {devices.strategy!r} on {devices.count} devices needs as many processes, and {what}: {fix}"

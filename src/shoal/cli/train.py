@@ -1,0 +1,160 @@
+"""``shoal train``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli.devices import AskedDevices, parse_ids
+from shoal.cli.exits import REFUSED
+from shoal.cli.launch import LAUNCHER, end_with_launcher
+from shoal.cli.runs import in_new_folder, new_folders, reserved_folder, resume_command
+from shoal.devices import Launched
+from shoal.errors import ConfigurationError, RunInterrupted
+
+if TYPE_CHECKING:
+    from shoal.learners.torch_launch import Nodes
+    from shoal.training import Training
+
+Count = Annotated[
+    int | None, typer.Option("--devices", help="Devices on this machine, a process for each but with dp.")
+]
+StrategyName = Annotated[str | None, typer.Option("--strategy", help="single, dp, ddp or fsdp; several: ddp.")]
+Ids = Annotated[str | None, typer.Option(help="The CUDA devices to use, such as 0,1,3.")]
+Accelerator = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the data.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch on each device.")]
+Accumulate = Annotated[int | None, typer.Option(help="Batches on each device that make one step.")]
+ScaleLr = Annotated[bool, typer.Option("--scale-lr", help="Scale the learning rate with the effective batch.")]
+Patience = Annotated[int | None, typer.Option(help="Stop after so many epochs without a better metric.")]
+CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints within an epoch.")]
+NodeCount = Annotated[int, typer.Option("--nodes", help="Machines that run this command together.")]
+NodeRank = Annotated[int, typer.Option(help="Which of them this is, from 0.")]
+Rendezvous = Annotated[str | None, typer.Option(help="HOST:PORT on machine 0, where they meet.")]
+Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
+DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
+RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the training in --run-dir.")]
+Trace = Annotated[bool, typer.Option("--trace", help="Record some steps with torch's profiler.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as learner.clip_norm=1."),
+]
+
+
+def train(
+    experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
+    devices: Count = None,
+    strategy: StrategyName = None,
+    ids: Ids = None,
+    accelerator: Accelerator = None,
+    precision: Precision = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    scale_lr: ScaleLr = False,
+    patience: Patience = None,
+    checkpoint_every: CheckpointEvery = None,
+    seed: Seed = None,
+    data_dir: DataDir = None,
+    run_dir: RunDir = None,
+    resume: Resume = False,
+    trace: Trace = False,
+    nodes: NodeCount = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
+    settings: Set = None,
+) -> None:
+    """Train one model on the devices of one site."""
+    asked = AskedDevices(
+        count=devices, strategy=strategy, ids=parse_ids(ids), accelerator=accelerator, precision=precision
+    )
+    options: dict[str, object] = {"learner.batch_size": batch_size, "learner.accumulate": accumulate, "seed": seed}
+    options |= {"patience": patience, "checkpoint_every": checkpoint_every, "data_dir": data_dir}
+    options |= {"scale_lr": scale_lr or None, "trace": trace or None}
+    if resume and run_dir is None:
+        raise ConfigurationError("--resume goes on with a run's folder: name it with --run-dir")
+    several, place = _nodes(nodes, node_rank, rendezvous), Launched.here()
+    if place is None:
+        processes = asked.processes()
+        if processes > 1 or several is not None:
+            raise typer.Exit(_launch(processes, several, run_dir, Path(experiment).stem))
+    else:
+        end_with_launcher()
+    plan = _plan(experiment, options, settings or [], epochs)
+    plan = dataclasses.replace(plan, learner=plan.learner.on(asked.over(plan.learner.devices, place)))
+    if run_dir is not None:
+        _execute(plan, run_dir, resume=resume)
+    elif place is not None:
+        _execute(plan, next(new_folders(plan.name)), resume=False)
+    else:
+        in_new_folder(plan.name, lambda path: _execute(plan, path, resume=False))
+
+
+def _nodes(count: int, rank: int, rendezvous: str | None) -> Nodes | None:
+    if count == 1:
+        if rank or rendezvous:
+            raise ConfigurationError("--node-rank and --rendezvous are for several machines: say how many with --nodes")
+        return None
+    if count < 1 or not 0 <= rank < count:
+        raise ConfigurationError(
+            f"--nodes must be ≥ 1 and --node-rank from 0 to {max(count, 1) - 1}, not {count} and {rank}"
+        )
+    host, _, port = (rendezvous or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigurationError(
+            f"{count} machines meet where all can reach machine 0: --rendezvous HOST:PORT, not {rendezvous!r}"
+        )
+    from shoal.learners.torch_launch import Nodes
+
+    return Nodes(count=count, rank=rank, rendezvous=f"{host}:{port}")
+
+
+def _launch(processes: int, nodes: Nodes | None, run_dir: Path | None, name: str) -> int:
+    """Runs this process's command in ranks; returns the exit code."""
+    from shoal.learners.torch_launch import RanksFailedError, launch_ranks
+
+    command = [sys.executable, "-m", "shoal", *sys.argv[1:]]
+    reserved = None
+    if run_dir is None:
+        if nodes is not None:
+            raise ConfigurationError("several machines write one folder, which all must know: name it with --run-dir")
+        reserved = reserved_folder(name)
+        command += ["--run-dir", str(reserved)]
+    os.environ[LAUNCHER] = str(os.getpid())
+    try:
+        launch_ranks(command, processes=processes, nodes=nodes)
+    except RanksFailedError as error:
+        failure = error.failure
+        if failure.rank != 0:  # rank 0 was heard already
+            print("\n".join(failure.lines), file=sys.stderr)
+        if failure.code == REFUSED:
+            return REFUSED
+        raise
+    finally:
+        if reserved is not None and not any(reserved.iterdir()):
+            reserved.rmdir()
+    return 0
+
+
+def _plan(name: str, options: dict[str, object], pairs: list[str], epochs: int | None) -> Training:
+    from shoal.experiments import build_training, load_training, parse_settings
+
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    return build_training(load_training(name), parse_settings(pairs) | given, epochs=epochs)
+
+
+def _execute(plan: Training, path: Path, *, resume: bool) -> None:
+    from shoal.training import TrainingProgress, run_training
+
+    try:
+        run_training(plan, run_dir=path, resume=resume, callbacks=[TrainingProgress()])
+    except RunInterrupted as interrupt:
+        message = f"{interrupt}; to go on: {resume_command(path)}"
+        raise RunInterrupted(message) from interrupt.__cause__

@@ -1,0 +1,182 @@
+"""The ranks of a command, started and watched by torch's elastic launcher."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import signal
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import Terminated, WorkerError
+
+MEETING = 300
+"""Seconds in which all nodes must have come."""
+
+SHUTDOWN = 10
+"""Seconds that the other ranks have to end after one has failed, before they are killed."""
+
+LINES = 20
+"""How many of a failed rank's last lines are shown."""
+
+LOST = "another rank is gone"
+"""What a rank says that fails because another did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nodes:
+    """Several machines that run the same command together."""
+
+    count: int
+    """How many machines."""
+    rank: int
+    """Which one this is; 0 is where they meet."""
+    rendezvous: str
+    """``host:port`` on machine 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFailure:
+    """A rank that ended as it should not."""
+
+    rank: int
+    """Which one, over all machines."""
+    pid: int
+    """Its process."""
+    code: int
+    """Its exit code; negative: the signal that ended it."""
+    lines: tuple[str, ...]
+    """The last lines that it wrote to standard error."""
+
+    @property
+    def by_others(self) -> bool:
+        """Whether it ended because another rank did."""
+        return self.code == -signal.SIGTERM or any(LOST in line for line in self.lines)
+
+    def __str__(self) -> str:
+        how = f"ended with exit code {self.code}"
+        if self.code < 0:
+            how = f"was ended by {signal.Signals(-self.code).name}"
+        return f"rank {self.rank} (process {self.pid}) {how}"
+
+
+class RanksFailedError(WorkerError):
+    """A rank failed, and the others were ended.
+
+    Args:
+        failure: The first cause, as far as it can be told.
+    """
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None = None) -> None:
+    """Runs a command in several ranks, and waits until all of them have ended.
+
+    Rank 0 has this process's standard output. What the ranks write to standard error is kept; that of rank 0 is shown
+    at once, that of the rank that failed in the error.
+
+    Args:
+        command: The program and its arguments.
+        processes: How many ranks on this machine.
+        nodes: The machines, if there are several.
+
+    Raises:
+        RanksFailedError: A rank failed.
+        WorkerError: The machines did not meet in time.
+        KeyboardInterrupt: Ctrl-C or SIGTERM came; all ranks have ended.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="shoal-ranks-") as logs, _quiet(), _threads(processes):
+        try:
+            elastic_launch(_config(processes, nodes, Path(logs)), command[0])(*command[1:])
+        except ChildFailedError as error:
+            raise RanksFailedError(_first_cause(error.failures, Path(logs))) from error
+        except SignalException as error:
+            ended = Terminated if error.sigval == signal.SIGTERM else KeyboardInterrupt
+            raise ended("all ranks have ended") from error
+        except (TimeoutError, RuntimeError) as error:
+            where = nodes.rendezvous if nodes else "this machine"
+            raise WorkerError(f"the ranks did not meet at {where}: {str(error).splitlines()[0]}") from error
+
+
+def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    first = nodes is None or nodes.rank == 0
+    quiet = dict.fromkeys(range(processes), Std.ALL) | ({0: Std.ERR} if first else {})
+    count = nodes.count if nodes else 1
+    settings: dict[str, Any] = {
+        "min_nodes": count,
+        "max_nodes": count,
+        "nproc_per_node": processes,
+        "run_id": uuid.uuid4().hex,
+        "max_restarts": 0,
+        "monitor_interval": 0.1,
+        "logs_specs": DefaultLogsSpecs(log_dir=str(logs), redirects=quiet, tee={0: Std.ERR} if first else Std.NONE),
+        "log_line_prefix_template": "rank ${rank}: ",
+        "shutdown_timeout": SHUTDOWN,
+    }
+    if nodes is None:
+        settings |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}  # a free port
+    else:
+        settings |= {
+            "rdzv_backend": "static",
+            "rdzv_endpoint": nodes.rendezvous,
+            "rdzv_configs": {"rank": nodes.rank, "timeout": MEETING},
+        }
+    known = inspect.signature(LaunchConfig).parameters  # torch 2.11 has no shutdown_timeout
+    return LaunchConfig(**{name: value for name, value in settings.items() if name in known})
+
+
+def _first_cause(failures: Any, logs: Path) -> RankFailure:
+    """Returns the failure that the others follow from: a rank that was killed, else one that did not lose another."""
+    found = [
+        RankFailure(rank=rank, pid=failure.pid, code=failure.exitcode, lines=_last_lines(logs, failure.local_rank))
+        for rank, failure in failures.items()
+    ]
+    return min(found, key=lambda failure: (failure.by_others, failure.code >= 0, failure.rank))
+
+
+def _last_lines(logs: Path, local_rank: int) -> tuple[str, ...]:
+    files = sorted(logs.glob(f"**/{local_rank}/stderr.log"))
+    text = files[-1].read_text(encoding="utf-8", errors="replace") if files else ""
+    return tuple(text.rstrip().splitlines()[-LINES:])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the launcher's own log from the terminal: what it would say is in the error."""
+    logger = logging.getLogger("torch.distributed.elastic")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+@contextmanager
+def _threads(processes: int) -> Iterator[None]:
+    """Divides the cores among the ranks, unless the user has said how many threads they may use."""
+    name = "OMP_NUM_THREADS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(max(len(os.sched_getaffinity(0)) // processes, 1))
+    try:
+        yield
+    finally:
+        del os.environ[name]
