@@ -234,7 +234,7 @@ class TestMeeting:
         ((line,),) = said(launch)
         assert re.fullmatch(message, line)
 
-    @pytest.mark.parametrize(("rank", "told"), [(0, "\nshoal: stopped before the first round\n"), (1, "")])
+    @pytest.mark.parametrize(("rank", "told"), [(0, "\nshoal: stopped before it began\n"), (1, "")])
     def test_who_waits_can_be_interrupted(self, nursery, tmp_path, rank, told):
         launch = Launch(nursery, tmp_path, federate(tmp_path), ranks=[rank])
         time.sleep(1.0)

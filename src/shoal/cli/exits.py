@@ -70,7 +70,7 @@ def exit_code(error: BaseException) -> int:
 
 def _report(error: KeyboardInterrupt | ShoalError) -> None:
     if isinstance(error, KeyboardInterrupt):
-        print(f"\nshoal: {str(error) or 'stopped before the first round'}", file=sys.stderr)
+        print(f"\nshoal: {str(error) or 'stopped before it began'}", file=sys.stderr)
         return
     if isinstance(error, ClientError) and error.__cause__ is not None:
         traceback.print_exception(error.__cause__)

@@ -107,8 +107,8 @@ def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None 
             ended = Terminated if error.sigval == signal.SIGTERM else KeyboardInterrupt
             raise ended("all ranks have ended") from error
         except (TimeoutError, RuntimeError) as error:
-            where = nodes.rendezvous if nodes else "this machine"
-            raise WorkerError(f"the ranks did not meet at {where}: {str(error).splitlines()[0]}") from error
+            where = f"{nodes.count} machines did not meet at {nodes.rendezvous}" if nodes else "the ranks did not start"
+            raise WorkerError(f"{where} within {MEETING} seconds: {str(error).splitlines()[0]}") from error
 
 
 def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
@@ -122,7 +122,7 @@ def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
         "min_nodes": count,
         "max_nodes": count,
         "nproc_per_node": processes,
-        "run_id": uuid.uuid4().hex,
+        "run_id": uuid.uuid4().hex if nodes is None else "shoal",  # the same on all machines
         "max_restarts": 0,
         "monitor_interval": 0.1,
         "logs_specs": DefaultLogsSpecs(log_dir=str(logs), redirects=quiet, tee={0: Std.ERR} if first else Std.NONE),
@@ -159,13 +159,18 @@ def _last_lines(logs: Path, local_rank: int) -> tuple[str, ...]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the launcher's own log from the terminal: what it would say is in the error."""
-    logger = logging.getLogger("torch.distributed.elastic")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
+    import torch.distributed.elastic.agent.server.local_elastic_agent  # noqa: F401 - makes its loggers
+
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -23,6 +23,9 @@ from shoal.learners.torch_network import gloo_over, interface_towards
 PATIENCE = datetime.timedelta(minutes=10)
 """How long a rank waits for the others at one point: longer than rank 0 takes to write a large model."""
 
+EXCHANGES = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting")
+"""What is in the messages of torch's errors that come from other ranks."""
+
 
 class Ranks:
     """All ranks, as one of them sees them.
@@ -53,7 +56,7 @@ class Ranks:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         every = list(own.new_empty(self.count, len(own)))
-        with _explained():
+        with explained():
             dist.all_gather(every, own)
         return torch.stack(every).tolist()
 
@@ -66,7 +69,7 @@ class Ranks:
         if self.count == 1:
             return list(numbers)
         own = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        with _explained():
+        with explained():
             dist.broadcast(own, 0)
         return own.tolist()
 
@@ -103,7 +106,7 @@ class Ranks:
     def _from_leader(self, tensor: Tensor) -> Tensor:
         """Returns rank 0's tensor of this shape and dtype, on the CPU."""
         sent = tensor.detach().to(self.device).contiguous()
-        with _explained():
+        with explained():
             dist.broadcast(sent.view(-1).view(torch.uint8) if sent.numel() else sent, 0)
         return sent.cpu()
 
@@ -193,8 +196,16 @@ def _by_agent() -> bool:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def explained() -> Iterator[None]:
+    """Raises what ends an exchange between ranks as what it is; other errors pass.
+
+    Raises:
+        WorkerError: Another rank is gone, or did not answer in time.
+    """
     try:
         yield
     except RuntimeError as error:
-        raise WorkerError(f"another rank is gone, or did not answer in time: {str(error).splitlines()[0]}") from error
+        text = str(error)
+        if not isinstance(error, dist.DistError) and not any(mark in text for mark in EXCHANGES):
+            raise
+        raise WorkerError(f"another rank is gone, or did not answer in time: {text.splitlines()[0]}") from error

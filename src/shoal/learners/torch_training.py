@@ -20,7 +20,7 @@ from shoal.learners.torch_devices import computing, cuda_ids
 from shoal.learners.torch_loading import training_batches
 from shoal.learners.torch_model import reseed, seeded
 from shoal.learners.torch_optimizer_state import pack_optimizer, unpack_optimizer
-from shoal.learners.torch_ranks import Ranks
+from shoal.learners.torch_ranks import Ranks, explained
 from shoal.learners.torch_step import Stepper, needs_closure
 from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, whole
 from shoal.learners.torch_tally import Tally, mean
@@ -131,7 +131,7 @@ class TorchTraining:
         """
         learner, tally = self._learner, Tally()
         self._model.module.train()
-        with seeded(learner.device, 0), computing(learner.device, learner.devices.threads):
+        with seeded(learner.device, 0), computing(learner.device, learner.devices.threads), explained():
             while self.step < until:
                 if self._epoch is None:
                     self._epoch = self._open_epoch()
@@ -256,6 +256,7 @@ class TorchTraining:
             torch.no_grad(),
             computing(learner.device, learner.devices.threads),
             learner.autocast(),
+            explained(),
         ):
             for number in range(ranks.rank, -(-len(starts) // ranks.count) * ranks.count, ranks.count):
                 start = starts[number] if number < len(starts) else 0
