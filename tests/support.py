@@ -17,7 +17,7 @@ import shoal
 from shoal.data import ArrayDataset, Population
 from shoal.engines import ClientTask
 from shoal.learners.batches import batch_sizes, draw_order
-from shoal.runs import TIME_KEYS
+from shoal.runs import TIME_KEYS, USAGE_KEYS
 
 FEATURES, CLASSES = 6, 3
 
@@ -79,9 +79,10 @@ def differ(tree: Any, other: Any) -> bool:
 
 
 def timeless(path: Path) -> list[str]:
-    """Returns the lines of a ``metrics.jsonl`` without the measured times."""
+    """Returns the lines of a ``metrics.jsonl`` without the measured times, and what was used of the machine."""
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    return [json.dumps({key: value for key, value in record.items() if key not in TIME_KEYS}) for record in records]
+    measured = TIME_KEYS | USAGE_KEYS
+    return [json.dumps({key: value for key, value in record.items() if key not in measured}) for record in records]
 
 
 def run_in_folder(run_dir: str, *, resume: bool, rounds: int = 40, seed: int = 3, engine: str = "sequential") -> None:

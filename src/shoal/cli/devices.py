@@ -52,7 +52,7 @@ class AskedDevices:
             ConfigurationError: There are fewer devices, or nothing says how many to use.
         """
         wanted = self._wanted()
-        self._spec(wanted or 1)  # what cannot be is refused before a process starts
+        self._spec(1 if wanted is None else wanted)  # what cannot be is refused before a process starts
         present = self._present()
         if wanted is not None and present is not None and wanted > present:
             raise ConfigurationError(
@@ -87,7 +87,7 @@ class AskedDevices:
         )
 
     def _wanted(self) -> int | None:
-        return self.count or (len(self.ids) if self.ids else None)
+        return len(self.ids) if self.count is None and self.ids else self.count
 
     def _strategy(self, count: int) -> str:
         return self.strategy or ("ddp" if count > 1 else "single")

@@ -266,7 +266,11 @@ class TorchLearner:
             WorkerError: The other ranks did not come.
         """
         with joined(self.devices) as ranks:
-            yield TorchTraining(self, data, epochs=epochs, seed=seed, ranks=ranks, scale_lr=scale_lr)
+            training = TorchTraining(self, data, epochs=epochs, seed=seed, ranks=ranks, scale_lr=scale_lr)
+            try:
+                yield training
+            finally:
+                training.close()
 
     def on(self, devices: Devices) -> Self:
         """Returns the same learner on other devices."""

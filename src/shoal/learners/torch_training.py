@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -340,6 +341,12 @@ class TorchTraining:
             self._scaler.load_state_dict(told["scaler"])
         self.step, self._epoch = int(told["step"]), None
         return told
+
+    def close(self) -> None:
+        """Lets go of the spread model, which must not outlive the ranks' group."""
+        del self._model, self._stepper
+        if self.ranks > 1:
+            gc.collect()  # torch's wrappers refer to themselves
 
     def _constants(self) -> Mapping[str, Tensor]:
         """Returns the model's other arrays, which a strategy may have replaced."""

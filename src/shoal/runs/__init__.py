@@ -4,7 +4,7 @@ from shoal.runs.checkpoints import Checkpoint, Checkpoints, save_model
 from shoal.runs.files import write_json
 from shoal.runs.folder import RunData, RunFolder, is_run, read_run
 from shoal.runs.interrupts import deferred
-from shoal.runs.metrics import TIME_KEYS, MetricsLog, read_metrics
+from shoal.runs.metrics import TIME_KEYS, USAGE_KEYS, MetricsLog, read_metrics
 from shoal.runs.report import write_report
 from shoal.runs.selection import Choice, Criteria, Selection
 from shoal.runs.trackers import TensorBoardTracker, Tracker, require_tensorboard
@@ -12,6 +12,7 @@ from shoal.runs.writer import RunWriter, environment
 
 __all__ = [
     "TIME_KEYS",
+    "USAGE_KEYS",
     "Checkpoint",
     "Checkpoints",
     "Choice",

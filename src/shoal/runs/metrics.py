@@ -15,7 +15,10 @@ UNITS = ("round", "epoch")
 """What records are numbered by."""
 
 TIME_KEYS = frozenset({"seconds", "clients_per_second", "samples_per_second", "elapsed"})
-"""The keys whose values are measured times; two equal runs agree in all others."""
+"""The keys whose values are measured times."""
+
+USAGE_KEYS = frozenset({"memory_bytes", "utilization"})
+"""The keys that say what of the machine was used. Two equal runs agree in all but these and the times."""
 
 
 class MetricsLog:

@@ -195,6 +195,7 @@ class TrainingLoop:
             self._storage.deliver(params, told)
             self._storage.save_classes(classes)
             self._storage.report()
+        ongoing.agreed(0.0)  # a rank that ended before rank 0 has written all might be taken for one that failed
         result = TrainingResult(
             params=params,
             last_params=learner.state_dict(last),
