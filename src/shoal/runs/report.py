@@ -90,11 +90,10 @@ def _subtitle(run: RunData) -> str:
 
 def _tiles(run: RunData) -> str:
     told = facts(run)
-    half = -(-len(told) // 2)
-    rows = [told] if len(told) <= MAX_TILES else [told[:half], told[half:]]
+    kind = "tiles" if len(told) <= MAX_TILES else "tiles two-rows"
     failed = sum(len(record.get("failed") or ()) for record in run.metrics)
     warning = f"<p class='warning'>{failed} client updates were left out because they failed.</p>" if failed else ""
-    return "".join(f"<div class='tiles'>{''.join(map(_tile, row))}</div>" for row in rows) + warning
+    return f"<div class='{kind}'>{''.join(map(_tile, told))}</div>{warning}"
 
 
 def _tile(fact: Fact) -> str:

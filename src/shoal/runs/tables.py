@@ -38,7 +38,8 @@ def class_card(runs: Sequence[RunData]) -> str:
     else:
         title, model, columns = "F1 by class", "each delivered model tells", [name for name, _ in known]
         found = [{label: shares[-1] for label, shares, _ in _class_rows(classes)} for _, classes in known]
-        rows = {label: [scores.get(label, "–") for scores in found] for scores in found for label in scores}
+        labels = dict.fromkeys(label for scores in found for label in scores)
+        rows = {label: [scores.get(label, "–") for scores in found] for label in labels}
     mean = rows.pop("mean")  # to the end, also where a later run has more classes
     caption = f"How {model} the classes of the held-out data apart; the mean is over the classes that are there."
     content = table([*rows.items(), ("mean", mean)], corner="class", columns=columns)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MAX_LINES = 12
 """With more ranks than these, their lines would hide each other."""
 
+MAX_TICKS = 12
+"""So many numbers fit below a figure."""
+
 COLOURS = 6
 """How many the page has; further lines are broken ones of the same colours."""
 
@@ -42,7 +45,7 @@ def training_plots(runs: Sequence[RunData]) -> list[Plot]:
     found.append(series_plot(runs, "seconds", "Time of an epoch", "seconds", caption=seconds))
     if any(_points_of_ranks(run)[0] for run in runs):
         found.append(_memory_plot(runs))
-    if any(points(run, "utilization")[0] for run in runs):
+    if _known(runs, "utilization"):
         found.append(_utilization_plot(runs))
     for plot in found:
         _number_epochs(plot, most=max((number(record) for run in runs for record in run.metrics), default=0))
@@ -52,32 +55,36 @@ def training_plots(runs: Sequence[RunData]) -> list[Plot]:
 
 
 def _metric_names(runs: Sequence[RunData]) -> list[str]:
-    records = [record for run in runs for record in run.metrics]
-    trained = [key.removeprefix("train_") for record in records for key in record if key.startswith("train_")]
-    return in_order([*trained, *(name for record in records for name in held_out_metrics(record))])
+    keys = {key for run in runs for record in run.metrics for key in record}
+    trained = {key.removeprefix("train_") for key in keys if key.startswith("train_") and _known(runs, key)}
+    return in_order(trained.union(*(held_out_metrics(record) for run in runs for record in run.metrics)))
 
 
 def _metric_plot(runs: Sequence[RunData], name: str) -> Plot:
     figure = new_figure("epoch", name)
-    shown = name.replace("_", " ").capitalize()
-    trained = any(points(run, f"train_{name}")[0] for run in runs)
-    measured = any(points(run, name)[0] for run in runs)
     if len(runs) > 1:
         for index, run in enumerate(runs):
             _add_compared(figure, run, name, index)
-        both = " on held-out data, one line a training; dotted: on its training data" if measured and trained else None
-        where = both or f" on {'held-out' if measured else 'training'} data, one line a training"
     else:
-        run = runs[0]
-        if trained:
-            add_line(figure, *points(run, f"train_{name}"), label="training", colour=1, dash="dot")
-        if measured:
-            add_line(figure, *points(run, name), label="held out", colour=0)
-        if measured and name == leading_metric(run):
-            _mark_best(figure, run, name)
-        parts = ["training data while it learns"] * trained + ["held-out data after each epoch"] * measured
-        where = f" on {' and on '.join(parts)}"
-    return Plot(title=shown, caption=f"{shown}{where}.", figure=plain(figure))
+        _add_curves(figure, runs[0], name)
+    both = _known(runs, name) and _known(runs, f"train_{name}")
+    where = ["training data while it is learned"] if _known(runs, f"train_{name}") else []
+    where += ["held-out data after each epoch"] if _known(runs, name) else []
+    lines = f"; one line a training{', dotted on its training data' if both else ''}" if len(runs) > 1 else ""
+    shown = name.replace("_", " ").capitalize()
+    return Plot(title=shown, caption=f"{shown} on {' and on '.join(where)}{lines}.", figure=plain(figure))
+
+
+def _add_curves(figure: Figure, run: RunData, name: str) -> None:
+    trained, measured = points(run, f"train_{name}"), points(run, name)
+    if not measured[0]:
+        add_line(figure, *trained, label="training", colour=0)
+        return
+    if trained[0]:
+        add_line(figure, *trained, label="training", colour=1, dash="dot")
+    add_line(figure, *measured, label="held out", colour=0)
+    if name == leading_metric(run):
+        _mark_best(figure, run, name)
 
 
 def _add_compared(figure: Figure, run: RunData, name: str, colour: int) -> None:
@@ -114,11 +121,8 @@ def _memory_plot(runs: Sequence[RunData]) -> Plot:
     else:
         whose = _add_ranks(figure, runs[0])
     figure.update_traces(hovertemplate="%{y:.4s}B", selector={"hovertemplate": "%{y:.4g}"})
-    tensors, process = (
-        f"that tensors took of {whose}device in an epoch",
-        f"that {whose}process has taken since it began",
-    )
-    told = _by_accelerator(runs, cuda=tensors, cpu=process)
+    cuda = f"that tensors took of {whose}device in an epoch"
+    told = _by_accelerator(runs, cuda=cuda, cpu=f"that {whose}process has taken since it began")
     return Plot(title="Peak memory", caption=f"The most {told}.", figure=plain(figure))
 
 
@@ -171,7 +175,11 @@ def _by_accelerator(runs: Sequence[RunData], *, cuda: str, cpu: str) -> str:
     return cpu if accelerators == {"cpu"} else f"{cuda}; on a CPU, {cpu}"
 
 
+def _known(runs: Sequence[RunData], key: str) -> bool:
+    return any(points(run, key)[0] for run in runs)
+
+
 def _number_epochs(plot: Plot, *, most: int) -> None:
     """Keeps plotly from halves of epochs on a short axis."""
-    if most <= MAX_LINES:
+    if most <= MAX_TICKS:
         plot.figure["layout"]["xaxis"] |= {"tick0": 1, "dtick": 1}

@@ -162,6 +162,7 @@ def test_a_training_without_measurements_tells_of_its_own_data(tmp_path):
     page = write_report([make_training(tmp_path / "run", records=bare, classes=False)])
     assert list(tiles(page))[:3] == ["final training accuracy", "final training loss", "training time"]
     assert list(lines(named(page)["Loss"])) == ["training"]
+    assert "<p>Loss on training data while it is learned.</p>" in page.read_text()
     assert "Utilization" not in named(page)
     assert "<h2>Classes</h2>" not in page.read_text()
     # Beside one that was measured, its curve has a name of its own.
@@ -184,6 +185,7 @@ def test_numbers_that_are_never_finite_leave_a_page_all_the_same(tmp_path):
     broken = [record(1, loss=None, accuracy=None, train_loss=None, train_accuracy=None)]
     page = write_report([make_training(tmp_path / "run", records=broken)])
     assert [label for label in tiles(page) if "final" in label] == []
+    assert not {"Loss", "Accuracy"} & named(page).keys()
     assert write_report([make_training(tmp_path / "begun", epochs=0, planned=3)]).exists()
     assert tiles(tmp_path / "begun" / "report.html")["epochs"] == "0 of 3"
 
