@@ -83,7 +83,7 @@ def _training_facts(run: RunData) -> list[Fact]:
         Fact("training time", _duration(seconds)),
         Fact("samples per second", f"{examples / seconds:,.0f}" if seconds else "–"),
         epochs,
-        Fact("samples", f"{examples:,}"),
+        Fact("samples trained on", f"{examples:,}"),
         *_how(run),
         *_memory(run),
     ]
@@ -116,9 +116,13 @@ def _how(run: RunData) -> list[Fact]:
 
 
 def _memory(run: RunData) -> list[Fact]:
-    peaks = [max(record["memory_bytes"]) for record in run.metrics if record.get("memory_bytes")]
-    ranks = max((len(record.get("memory_bytes") or ()) for record in run.metrics), default=0)
-    return [Fact("peak memory", _size(max(peaks)), "largest rank" if ranks > 1 else "")] if peaks else []
+    rows = [record["memory_bytes"] for record in run.metrics if record.get("memory_bytes")]
+    if not rows:
+        return []
+    whose = "largest rank" if max(map(len, rows)) > 1 else ""
+    if devices_of(run).get("strategy") == "dp":
+        whose = "first device"
+    return [Fact("peak memory", _size(max(map(max, rows))), whose)]
 
 
 def _decimal(value: float) -> str:

@@ -2,12 +2,18 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import resources
 
 import pytest
+from typer.testing import CliRunner
 
+import shoal
 from pages import CHROMIUM, figures, in_browser, width_on_a_telephone, words
+from shoal.cli.main import app
 from shoal.errors import RunFolderError
 from shoal.runs import RunFolder, write_json, write_report
+from shoal.runs.training_plots import COLOURS
+from support import learner, samples
 
 MB = 1_000_000
 
@@ -98,7 +104,7 @@ def test_the_tiles_say_what_came_of_it_and_how_it_was_done(tmp_path):
         "training time": "2.5 s",
         "samples per second": "600",
         "epochs": "5 of 20",
-        "samples": "1,500",
+        "samples trained on": "1,500",
         "batch, 16 × 2 devices × 2 accumulated": "64",
         "strategy, bf16 on cpu": "ddp",
         "peak memory, largest rank": "115 MB",
@@ -202,6 +208,20 @@ def test_the_captions_say_what_memory_is_on_this_accelerator(devices, told, tmp_
     assert told in words(write_report([make_training(tmp_path / "run", devices=devices)]))
 
 
+def test_of_several_devices_in_one_process_only_the_first_is_spoken_of(tmp_path):
+    records = [record(number, ranks=1) for number in (1, 2)]
+    devices = {"strategy": "dp", "accelerator": "cuda"}
+    page = write_report([make_training(tmp_path / "run", records=records, devices=devices)])
+    assert tiles(page)["peak memory, first device"] == "102 MB"
+    assert "<p>The most that tensors took of the first device in an epoch.</p>" in page.read_text()
+
+
+def test_the_page_has_the_colours_that_the_figures_count_on():
+    script = (resources.files("shoal.runs") / "page" / "page.js").read_text()
+    palettes = re.findall(r"(?:light|dark): \[(\"#.*?)\]", script)
+    assert [len(palette.split(",")) for palette in palettes] == [COLOURS, COLOURS]
+
+
 def test_many_ranks_become_a_band_and_a_few_keep_their_lines(tmp_path):
     few = write_report([make_training(tmp_path / "few", records=[record(n, ranks=8) for n in (1, 2)])])
     assert [trace["line"].get("dash") for trace in named(few)["Peak memory"]["data"]] == [None] * 6 + ["dash"] * 2
@@ -229,6 +249,30 @@ def test_a_file_by_class_that_is_none_is_refused(tmp_path):
     write_json(run / "classes.json", {"label": 0})
     with pytest.raises(RunFolderError, match=r"classes\.json cannot be read: it holds no JSON list"):
         write_report([run])
+
+
+def test_a_real_training_leaves_all_that_the_page_tells(tmp_path):
+    run = tmp_path / "run"
+    learning = learner(metrics={"right": lambda output, targets: (output.argmax(1) == targets).float().mean()})
+    devices = shoal.Devices(accelerator="cpu", threads=1)
+    result = shoal.train(learning, samples(40), epochs=3, devices=devices, evaluate=samples(20, seed=1), run_dir=run)
+    shown = CliRunner().invoke(app, ["report", str(run), "--output", str(tmp_path / "page.html")])
+    assert shown.exit_code == 0, shown.output
+    page = tmp_path / "page.html"
+    assert page.read_text() == (run / "report.html").read_text()
+    assert list(named(page)) == [
+        "Right", "Loss", "Learning rate", "Speed", "Time of an epoch", "Peak memory", "Utilization",
+    ]  # fmt: skip
+    told = tiles(page)
+    assert told[f"best {result.best.metric}, epoch {result.best.epoch}"] == f"{result.best.value:.4f}"
+    assert (told["epochs"], told["samples trained on"], told["batch"], told["strategy, fp32 on cpu"]) == (
+        "3",
+        "120",
+        "4",
+        "single",
+    )
+    assert all(f"<td>{each.f1:.3f}</td><td>{each.examples}</td>" in page.read_text() for each in result.classes)
+    assert len(result.classes) == 3
 
 
 @pytest.mark.slow
