@@ -20,7 +20,7 @@ MAX_LINES = 12
 """With more ranks than these, their lines would hide each other."""
 
 MAX_TICKS = 12
-"""So many numbers fit below a figure."""
+"""So many epochs can each have their number below a figure."""
 
 COLOURS = 6
 """How many the page has; further lines are broken ones of the same colours."""
@@ -47,8 +47,9 @@ def training_plots(runs: Sequence[RunData]) -> list[Plot]:
         found.append(_memory_plot(runs))
     if _known(runs, "utilization"):
         found.append(_utilization_plot(runs))
-    for plot in found:
-        _number_epochs(plot, most=max((number(record) for run in runs for record in run.metrics), default=0))
+    if all(number(record) <= MAX_TICKS for run in runs for record in run.metrics):
+        for plot in found:  # plotly would number halves of epochs too
+            plot.figure["layout"]["xaxis"] |= {"tick0": 1, "dtick": 1}
     if len(found) % 2:  # no hole in the page's two columns
         found[-1] = dataclasses.replace(found[-1], wide=True)
     return found
@@ -177,9 +178,3 @@ def _by_accelerator(runs: Sequence[RunData], *, cuda: str, cpu: str) -> str:
 
 def _known(runs: Sequence[RunData], key: str) -> bool:
     return any(points(run, key)[0] for run in runs)
-
-
-def _number_epochs(plot: Plot, *, most: int) -> None:
-    """Keeps plotly from halves of epochs on a short axis."""
-    if most <= MAX_TICKS:
-        plot.figure["layout"]["xaxis"] |= {"tick0": 1, "dtick": 1}
