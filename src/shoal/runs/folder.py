@@ -11,17 +11,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from shoal.description import differences
 from shoal.errors import RunFolderError
 from shoal.runs.files import require_space, storing, temporary_name, write_json
 from shoal.runs.metrics import read_metrics
 
+T = TypeVar("T")
+
 CONFIG = "config.json"
 LOCK = "run.lock"
 METRICS = "metrics.jsonl"
 PARTITION = "partition.json"
+CLASSES = "classes.json"
 
 
 class RunFolder:
@@ -90,6 +93,11 @@ class RunFolder:
         return self.path / PARTITION
 
     @property
+    def classes(self) -> Path:
+        """The file with the report by class."""
+        return self.path / CLASSES
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -116,9 +124,16 @@ class RunData:
     config: dict[str, Any]
     """``identity``, ``options`` and ``environment``."""
     metrics: list[dict[str, Any]]
-    """One object a round."""
+    """One object a round, or an epoch."""
     partition: dict[str, Any] | None
     """The partition's picture; None where there is none."""
+    classes: list[dict[str, Any]] | None
+    """How each class was told from the others; None where that is not known."""
+
+    @property
+    def unit(self) -> str:
+        """What the run goes on by: a federation by rounds, a training by epochs."""
+        return "round" if "algorithm" in self.config.get("identity", {}) else "epoch"
 
 
 def is_run(path: Path) -> bool:
@@ -136,13 +151,14 @@ def read_run(path: Path) -> RunData:
         raise RunFolderError(f"there is no run folder {path}")
     if not is_run(path):
         raise RunFolderError(f"{path} is no run folder: it has no {CONFIG}")
-    partition = path / PARTITION
+    partition, classes = path / PARTITION, path / CLASSES
     return RunData(
         name=path.resolve().name,
         path=path,
-        config=_read_json(path / CONFIG),
+        config=_read_json(path / CONFIG, dict),
         metrics=read_metrics(path / METRICS),
-        partition=_read_json(partition) if partition.exists() else None,
+        partition=_read_json(partition, dict) if partition.exists() else None,
+        classes=_read_json(classes, list) if classes.exists() else None,
     )
 
 
@@ -179,7 +195,7 @@ def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[s
     """Compares the folder's configuration with the one asked for; returns notices."""
     if not is_run(path):
         return []
-    found = _read_json(path / CONFIG)
+    found = _read_json(path / CONFIG, dict)
     if different := differences(found.get("identity", {}), config["identity"]):
         shown = "; ".join(f"{key}: {then!r} there, {now!r} here" for key, then, now in different[:3])
         more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -193,13 +209,13 @@ def _reconcile(path: Path, config: Mapping[str, Any], *, resume: bool) -> list[s
     return [f"{key} was {old} and is now {new}" for key, old, new in differences(before, now)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: type[T]) -> T:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise RunFolderError(f"{path} cannot be read: it holds no JSON object")
+    if not isinstance(content, kind):
+        raise RunFolderError(f"{path} cannot be read: it holds no JSON {'object' if kind is dict else 'list'}")
     return content
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,20 @@ TIME_KEYS = frozenset({"seconds", "clients_per_second", "samples_per_second", "e
 
 USAGE_KEYS = frozenset({"memory_bytes", "utilization"})
 """The keys that say what of the machine was used. Two equal runs agree in all but these and the times."""
+
+BOOKKEEPING = TIME_KEYS | {
+    *UNITS,
+    "step",
+    "learning_rate",
+    "memory_bytes",
+    "utilization",
+    "clients",
+    "failed",
+    "examples",
+    "bytes_up",
+    "bytes_down",
+}
+"""Keys of a record that are no metric of a model."""
 
 
 class MetricsLog:
@@ -76,6 +90,20 @@ def unit(record: Mapping[str, Any]) -> str:
 def number(record: Mapping[str, Any]) -> int:
     """Returns the round or epoch of a record."""
     return int(record[unit(record)])
+
+
+def held_out_metrics(record: Mapping[str, Any]) -> list[str]:
+    """Returns the names of a record's metrics on held-out data, accuracy first."""
+    return in_order(
+        name
+        for name, value in record.items()
+        if name not in BOOKKEEPING and not name.startswith(("train_", "client_")) and isinstance(value, int | float)
+    )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Returns each name once: accuracy, then others, then the loss."""
+    return sorted(set(names), key=lambda name: (name != "accuracy", name == "loss", name))
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -4,40 +4,58 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from shoal.errors import RunFolderError
+from shoal.runs.facts import Fact, facts
+from shoal.runs.federation_plots import federation_plots
+from shoal.runs.figures import Plot, require_plotly
 from shoal.runs.files import write_atomic
 from shoal.runs.folder import RunData, read_run
-from shoal.runs.metrics import number, unit
-from shoal.runs.plots import Plot, global_metrics, plots
+from shoal.runs.tables import class_card, table
+from shoal.runs.training_plots import training_plots
+
+MAX_TILES = 8
+"""As many fit side by side."""
 
 
 def write_report(runs: Sequence[Path], target: Path | None = None) -> Path:
-    """Draws a page of curves, times, partitions and configurations.
+    """Draws a page of curves, times, configurations, and partitions or classes.
 
     Args:
-        runs: Run folders; several are compared.
+        runs: Run folders, of federations or of trainings; several are compared.
         target: The file to write; None for ``report.html`` in the only run's folder.
 
     Returns:
         The file's path.
 
     Raises:
-        RunFolderError: A path is no run folder, or several runs were given and no target.
+        RunFolderError: A path is no run folder, several runs were given and no target, or they cannot be compared.
         MissingExtraError: plotly is not installed.
         StorageError: The file cannot be written.
     """
     found = [read_run(path) for path in runs]
     if target is None and len(found) != 1:
         raise RunFolderError(f"a report on {len(found)} runs needs a file to write")
+    _require_one_kind(found)
+    require_plotly()
     path = target or found[0].path / "report.html"
-    write_atomic(path, _page(found, plots(found)))
+    drawn = training_plots(found) if found[0].unit == "epoch" else federation_plots(found)
+    write_atomic(path, _page(found, drawn))
     return path
+
+
+def _require_one_kind(runs: Sequence[RunData]) -> None:
+    by_unit = {run.unit: run.path for run in reversed(runs)}
+    if len(by_unit) > 1:
+        raise RunFolderError(
+            f"{by_unit['epoch']} is a training and {by_unit['round']} a federation, whose epochs and rounds cannot be "
+            "compared: make one report of the trainings and one of the federations"
+        )
 
 
 def _page(runs: Sequence[RunData], figures: Sequence[Plot]) -> str:
@@ -53,7 +71,7 @@ def _page(runs: Sequence[RunData], figures: Sequence[Plot]) -> str:
         script=(page / "page.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
         summary=_tiles(one) if one else _comparison(runs),
-        plots="\n".join(_card(index, plot) for index, plot in enumerate(figures)),
+        plots="\n".join([*(_card(index, plot) for index, plot in enumerate(figures)), class_card(runs)]),
         configuration="\n".join(_configuration(run, named=one is None) for run in runs),
         figures=json.dumps([plot.figure for plot in figures]).replace("<", "\\u003c"),
     )
@@ -71,62 +89,32 @@ def _subtitle(run: RunData) -> str:
 
 
 def _tiles(run: RunData) -> str:
-    tile = "<div class='tile'><strong>{}</strong><span>{}</span></div>"
-    rows = (tile.format(html.escape(value), html.escape(label)) for label, value in _facts(run).items())
+    told = facts(run)
+    kind = "tiles" if len(told) <= MAX_TILES else "tiles two-rows"
     failed = sum(len(record.get("failed") or ()) for record in run.metrics)
     warning = f"<p class='warning'>{failed} client updates were left out because they failed.</p>" if failed else ""
-    return f"<div class='tiles'>{''.join(rows)}</div>{warning}"
+    return f"<div class='{kind}'>{''.join(map(_tile, told))}</div>{warning}"
 
 
-def _facts(run: RunData) -> dict[str, str]:
-    """Returns what one wants to know first of a run, as text by label."""
-    records = run.metrics
-    if not records:
-        return {"rounds": "0"}
-    facts: dict[str, str] = {}
-    measured = [record for record in records if global_metrics(record)]
-    if measured:
-        first, *others = global_metrics(measured[-1])
-        facts[f"final {first}"] = f"{measured[-1][first]:.4f}"
-        best = _best(measured, first)
-        facts[f"best {first}, {unit(best)} {number(best)}"] = f"{best[first]:.4f}"
-        facts |= {f"final {name}": f"{measured[-1][name]:.4f}" for name in others[:1]}
-    seconds = sum(record["seconds"] for record in records)
-    if "epoch" in records[0]:
-        return facts | {"epochs": f"{len(records):,}", "training time": _duration(seconds)}
-    clients = sum(record["clients"] for record in records)
-    facts["rounds"] = f"{len(records):,}"
-    facts["client updates"] = f"{clients:,}"
-    facts["training time"] = _duration(seconds)
-    facts["clients per second"] = f"{clients / seconds:,.0f}" if seconds else "–"
-    facts["sent down and up"] = _size(sum(record["bytes_down"] + record["bytes_up"] for record in records))
-    return facts
-
-
-def _best(records: Sequence[Mapping[str, Any]], name: str) -> Mapping[str, Any]:
-    having = [record for record in records if record.get(name) is not None]
-    best_of = min if "loss" in name or "error" in name else max
-    return best_of(having, key=lambda record: float(record[name]))
+def _tile(fact: Fact) -> str:
+    label = f"{fact.label}, {fact.detail}" if fact.detail else fact.label
+    return f"<div class='tile'><strong>{html.escape(fact.value)}</strong><span>{html.escape(label)}</span></div>"
 
 
 def _comparison(runs: Sequence[RunData]) -> str:
-    columns = [_facts(run) for run in runs]
-    # The round of a best value differs between runs: it belongs into the cell, not into the row's label.
-    columns = [dict(_row(label, value) for label, value in column.items()) for column in columns]
+    columns = [{fact.label: _cell(fact) for fact in facts(run)} for run in runs]
     settings = [_flat(run.config.get("identity", {})) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
-    differing = [
-        key for key in sorted({k for s in settings for k in s}) if len({str(s.get(key)) for s in settings}) > 1
-    ]
     rows = [(key, [column.get(key, "–") for column in columns]) for key in keys]
-    rows += [(key, [str(s.get(key, "–")) for s in settings]) for key in differing if "digest" not in key]
-    head = "".join(f"<th scope='col'>{html.escape(run.name)}</th>" for run in runs)
-    return f"<div class='card scroll'><table><thead><tr><td></td>{head}</tr></thead>{_table_rows(rows)}</table></div>"
+    for key in sorted({key for setting in settings for key in setting} - keys.keys()):
+        values = [str(setting.get(key, "–")) for setting in settings]
+        if len(set(values)) > 1 and "digest" not in key:
+            rows.append((key, values))
+    return f"<div class='card scroll'>{table(rows, columns=[run.name for run in runs])}</div>"
 
 
-def _row(label: str, value: str) -> tuple[str, str]:
-    name, _, where = label.partition(", ")
-    return name, f"{value} ({where})" if where else value
+def _cell(fact: Fact) -> str:
+    return f"{fact.value} ({fact.detail})" if fact.detail else fact.value
 
 
 def _card(index: int, plot: Plot) -> str:
@@ -142,14 +130,9 @@ def _configuration(run: RunData, *, named: bool) -> str:
     parts = []
     for part in ("identity", "options", "environment"):
         rows = [(key, [str(value)]) for key, value in _flat(run.config.get(part, {})).items()]
-        parts.append(f"<h3>{part}</h3><div class='scroll'><table>{_table_rows(rows)}</table></div>")
+        parts.append(f"<h3>{part}</h3><div class='scroll'>{table(rows)}</div>")
     title = html.escape(f"Configuration of {run.name}" if named else "Configuration")
     return f"<details class='card wide'><summary><h2>{title}</h2></summary>{''.join(parts)}</details>"
-
-
-def _table_rows(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    cells = ((key, "".join(f"<td>{html.escape(value)}</td>" for value in values)) for key, values in rows)
-    return "<tbody>" + "".join(f"<tr><th scope='row'>{html.escape(k)}</th>{c}</tr>" for k, c in cells) + "</tbody>"
 
 
 def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -160,17 +143,3 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
         for key, inner in config.items()
         for path, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
     }
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def _size(count: float) -> str:
-    for name in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {name}"
-        count /= 1000
-    return f"{count:.3g} TB"

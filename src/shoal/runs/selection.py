@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 USUAL = ("accuracy", "client_accuracy", "loss", "client_loss")
 """What a model is chosen by where nothing was named."""
@@ -56,7 +57,7 @@ class Selection:
         """Takes the metrics of a model; tells whether it is the best so far. Of equals the first stays."""
         metric = self._criteria.metric or next((name for name in USUAL if name in measured), next(iter(measured)))
         value = measured[metric]
-        if math.isnan(value) or (self.best is not None and not _better(metric, value, self.best.value)):
+        if math.isnan(value) or (self.best is not None and not better(metric, value, self.best.value)):
             return False
         self.best = Choice(number=number, metric=metric, value=value)
         return True
@@ -70,13 +71,24 @@ class Selection:
             return f"{criteria.max_seconds:g} seconds have passed"
         if best is None:
             return None
-        if criteria.target is not None and not _better(best.metric, criteria.target, best.value):
+        if criteria.target is not None and not better(best.metric, criteria.target, best.value):
             return f"{best.metric} has reached {criteria.target:g}"
         if criteria.patience is not None and done - best.number >= criteria.patience:
             return f"{best.metric} has not improved for {criteria.patience} {criteria.unit}s"
         return None
 
 
-def _better(metric: str, value: float, than: float) -> bool:
+def best_record(records: Iterable[Mapping[str, Any]], metric: str) -> Mapping[str, Any] | None:
+    """Returns the record with the best value of a metric, of equals the first; None where none has a value."""
+    best: Mapping[str, Any] | None = None
+    for record in records:
+        value = record.get(metric)
+        if value is not None and (best is None or better(metric, value, best[metric])):
+            best = record
+    return best
+
+
+def better(metric: str, value: float, than: float) -> bool:
+    """Tells whether a metric's value is better than another; losses and errors count down."""
     counts_down = "loss" in metric or "error" in metric
     return value < than if counts_down else value > than

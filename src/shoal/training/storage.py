@@ -12,8 +12,6 @@ from shoal.runs import Checkpoints, Choice, RunFolder, RunWriter, read_metrics, 
 from shoal.training.result import ClassReport
 from shoal.types import ModelState, Params
 
-CLASSES = "classes.json"
-
 
 @dataclass(kw_only=True)
 class Progress:
@@ -92,4 +90,4 @@ class TrainingStorage(RunWriter):
     def save_classes(self, reports: list[ClassReport]) -> None:
         """Writes the report by class."""
         if self.folder is not None and reports:
-            write_json(self.folder.path / CLASSES, [asdict(report) for report in reports])
+            write_json(self.folder.classes, [asdict(report) for report in reports])

@@ -2,17 +2,13 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from pages import CHROMIUM, figures, in_browser, width_on_a_telephone
 from shoal.errors import MissingExtraError, RunFolderError
 from shoal.runs import RunFolder, read_run, write_json, write_report
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def record(number, **more):
@@ -57,11 +53,6 @@ def make_run(path, *, rounds=5, alpha=0.3, name="digits", classes=True, **more):
         if classes:
             write_json(folder.partition, picture)
     return path
-
-
-def figures(page: Path):
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page.read_text(), re.S)
-    return json.loads(found[1])
 
 
 def test_a_page_holds_the_runs_numbers(tmp_path):
@@ -142,13 +133,6 @@ def test_without_the_library_the_command_is_given(tmp_path, monkeypatch):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
-def in_browser(url, profile, *options):
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
-    words = [CHROMIUM, *flags, "--enable-logging=stderr", "--virtual-time-budget=5000", *options, url]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -170,11 +154,4 @@ def test_nothing_is_wider_than_a_telephone(tmp_path):
         [make_run(tmp_path / name, name="x" * 70) for name in ("one", "two-with-a-rather-long-name")],
         tmp_path / "r.html",
     )
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        "<iframe id='f' src='r.html' style='width:400px;height:900px;border:0'></iframe><p id='out'></p>"
-        "<script>onload = () => setTimeout(() => { const d = document.getElementById('f').contentDocument;"
-        "document.getElementById('out').textContent = 'WIDE ' + d.documentElement.scrollWidth }, 500)</script>"
-    )
-    shown = in_browser(f"file://{frame}", tmp_path / "profile", "--allow-file-access-from-files", "--dump-dom")
-    assert 300 < int(re.search(r"WIDE (\d+)", shown.stdout)[1]) <= 400  # less a scroll bar
+    assert 300 < width_on_a_telephone(tmp_path / "r.html", tmp_path / "profile") <= 400

@@ -18,7 +18,9 @@ function painted(trace, theme) {
   const colour = LINES[theme][(meta.colour || 0) % LINES[theme].length];
   if (meta.role === "heat") return { ...trace, colorscale: HEAT[theme] };
   if (meta.role === "band") return { ...trace, fillcolor: colour + (theme === "dark" ? "38" : "2b") };
-  if (meta.role === "line") return { ...trace, line: { ...trace.line, color: colour }, marker: { color: colour } };
+  if (meta.role === "line") {
+    return { ...trace, line: { ...trace.line, color: colour }, marker: { ...trace.marker, color: colour } };
+  }
   return trace;
 }
 
