@@ -17,7 +17,7 @@ from shoal.errors import ConfigurationError
 from shoal.learners.lightning_metrics import LoggedMeans, gather_json
 from shoal.learners.lightning_objective import around
 from shoal.learners.lightning_state import pack, unpack
-from shoal.learners.lightning_trainer import Hush
+from shoal.learners.lightning_trainer import Hush, end_with_caller, forks
 
 Carried = tuple[dict[str, Tensor], dict[str, Any]]
 """The state of optimizers, schedulers and counters: tensors by name, and JSON."""
@@ -53,7 +53,8 @@ class Carrier(Callback):
         """Makes itself at home in a process that Lightning has started."""
         if os.getpid() != self._caller:
             tempfile.tempdir = str(self._folder)  # where Lightning, too, leaves files for the caller
-            if self._threads is not None:
+            end_with_caller()
+            if self._threads is not None and not forks(trainer):
                 torch.set_num_threads(self._threads)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -51,6 +52,8 @@ OWNED = {
     "barebones": "it logs nothing, and what is logged becomes the update's metrics",
 }
 """Trainer options that the learner sets itself, and what to do instead."""
+
+PR_SET_PDEATHSIG = 1
 
 _LAUNCH = threading.Lock()
 """Held while processes are started: what they need to find each other is in this process's environment."""
@@ -133,6 +136,11 @@ def starts_processes(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
+def end_with_caller() -> None:
+    """Lets the kernel kill this process when the one that started it ends, however that happens."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextmanager
 def launched(trainer: Trainer) -> Iterator[None]:
     """Runs the trainer's processes, if there are any: they find each other, and none outlives the block.
@@ -152,6 +160,11 @@ def launched(trainer: Trainer) -> Iterator[None]:
         store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         alone = not torch.distributed.is_initialized()
+        threads = torch.get_num_threads()
+        if forks(trainer):
+            # A forked process still counts on OpenMP threads that did not survive, and would wait for them for ever.
+            torch.set_num_threads(1)
+            place["OMP_NUM_THREADS"] = "1"  # or Lightning would set another number there
         os.environ |= place
         try:
             yield
@@ -161,6 +174,7 @@ def launched(trainer: Trainer) -> Iterator[None]:
             launcher.kill(signal.SIGKILL)
             if alone and torch.distributed.is_initialized():  # with "ddp" on one device it is this process's
                 torch.distributed.destroy_process_group()
+            torch.set_num_threads(threads)
             os.environ.clear()
             os.environ |= before
 
@@ -262,6 +276,11 @@ def _rank_failed(error: ProcessExitedException | ProcessRaisedException) -> Work
         return WorkerError(f"rank {rank} of the training failed: {str(error).strip().splitlines()[-1]}")
     how = f"was killed by {error.signal_name}" if error.signal_name else f"ended with exit code {error.exit_code}"
     return WorkerError(f"rank {rank} of the training {how} (exit code {error.exit_code}); the others were ended")
+
+
+def forks(trainer: Trainer) -> bool:
+    """Tells whether training will run in processes that are forked from this one."""
+    return getattr(trainer.strategy.launcher, "_start_method", None) in ("fork", "forkserver")
 
 
 def _started_elsewhere(trainer: Trainer) -> bool:
