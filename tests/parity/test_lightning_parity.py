@@ -1,4 +1,4 @@
-"""A Lightning module must train as its network does with the torch learner, alone and federated, on any number of ranks."""
+"""A Lightning module must train as its network does with the torch learner: alone, federated, on several ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def of_network(delta):
     return {name.removeprefix("network."): array for name, array in delta.items()}
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 3}, {"steps": 8}, {"batch_size": None}], ids=["epochs", "steps", "whole"])
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 3}, {"steps": 8}, {"batch_size": None}], ids=["epochs", "steps", "whole"]
+)
 @pytest.mark.parametrize("kind", ["plain", "proximal", "correction"])
 def test_one_device_is_the_torch_learner(kind, settings):
     torchs, lightnings = objective(kind)

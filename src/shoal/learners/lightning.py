@@ -50,13 +50,28 @@ CPU = torch.device("cpu")
 ACCELERATORS: Mapping[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
 """Lightning's names of accelerators in those of :class:`~shoal.Devices`."""
 
-PRECISIONS: Mapping[Any, Precision] = {"bf16-mixed": "bf16", "bf16": "bf16", "16-mixed": "fp16", 16: "fp16", "16": "fp16"}
+PRECISIONS: Mapping[Any, Precision] = {
+    "bf16-mixed": "bf16",
+    "bf16": "bf16",
+    "16-mixed": "fp16",
+    16: "fp16",
+    "16": "fp16",
+}
 """Lightning's names of precisions in those of :class:`~shoal.Devices`; the others are the trainer's alone."""
 
 MIXED = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """The precisions of :class:`~shoal.Devices` in Lightning's names."""
 
-OWNED_BY_LOADER = ("dataset", "batch_size", "shuffle", "sampler", "batch_sampler", "drop_last", "generator", "collate_fn")
+OWNED_BY_LOADER = (
+    "dataset",
+    "batch_size",
+    "shuffle",
+    "sampler",
+    "batch_sampler",
+    "drop_last",
+    "generator",
+    "collate_fn",
+)
 """Arguments of a ``DataLoader`` that decide which samples come, and in what order."""
 
 
@@ -72,14 +87,16 @@ class LightningLearner:
     leaves nothing to the next. It is quiet: no progress bar, checkpoints, logger, summary or hints, unless the trainer
     options ask for them.
 
-    With several ranks a global batch has ``batch_size`` times as many examples as there are ranks, and each rank has its
-    share of it; so two ranks equal one device with twice the batch size. Where a batch does not divide, the gradients
-    of the ranks are weighted by their examples; for a loss that is a mean over the batch the step is exactly that of
-    one device. What is not a mean over samples, such as BatchNorm's statistics, sees only a rank's own share.
+    With several ranks a global batch has ``batch_size`` times as many examples as there are ranks, of which each rank
+    has its share; so two ranks equal one device with twice the batch size. Where a batch does not divide, the ranks'
+    gradients are weighted by their examples: for a loss that is a mean over the batch the step is still exactly that of
+    one device. What is no mean over examples, such as BatchNorm's statistics, sees only a rank's own share, and the
+    buffers are rank 0's.
 
     Strategies that start processes from a function (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``) work anywhere, the
     first where the module's class can be imported. ``ddp`` works under torchrun, where every rank calls :meth:`fit` and
-    gets the same update. A rank that dies ends the call with an error.
+    gets the same update. Strategies that divide the parameters (``fsdp``, ``deepspeed``) are refused. A rank that dies
+    ends the call with an error; forked ranks compute with one CPU thread each.
 
     Raises:
         ConfigurationError: A value is out of its range, or an option cannot be used here.
@@ -96,15 +113,15 @@ class LightningLearner:
     epochs: int = 1
     """Passes over the client's data in one call to :meth:`fit`."""
     steps: int | None = None
-    """Number of batches in one call to :meth:`fit`, in place of ``epochs``; with ``accumulate_grad_batches`` an optimizer
-    makes fewer steps."""
+    """Number of batches in one call to :meth:`fit`, in place of ``epochs``; with the trainer's
+    ``accumulate_grad_batches`` an optimizer makes fewer steps."""
     loaders: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of ``DataLoader``, such as ``num_workers`` and ``pin_memory``."""
     eval_batch_size: int = 512
     """Examples in a batch of :meth:`evaluate`."""
     keep_optimizer: bool = False
-    """Whether optimizers, schedulers and the counts of epochs and steps go on from the last call to :meth:`fit`, on
-    whatever data; see :meth:`carried`. Otherwise they start anew."""
+    """Whether optimizers, schedulers and the counts of epochs and steps go on from the last call to :meth:`fit`,
+    whoever's data that had: for one site or for central training. See :meth:`carried`. Otherwise they start anew."""
     threads: int | None = None
     """CPU threads that one operation may use, ≥ 1; None leaves it to torch, and in started processes to Lightning."""
 
@@ -159,10 +176,12 @@ class LightningLearner:
         """Makes the module, and imports what torch would import at the first step.
 
         Raises:
-            ConfigurationError: The trainer starts processes, which one that was forked cannot; or CUDA was in use in
-                the process that this one was forked from.
+            ConfigurationError: The trainer uses several devices; or the optimizer's state is to be kept, which would
+                end with a forked process; or CUDA was in use in the process that this one was forked from.
         """
         preload(self.devices)
+        if self.keep_optimizer:
+            raise ConfigurationError("keep_optimizer=True keeps state that ends with a child process: use 'sequential'")
         if fit_trainer(self.trainer).world_size > 1:
             raise ConfigurationError("the trainer uses several devices, each in a process of its own: use 'sequential'")
         if not may_use_cuda(self.devices):
@@ -271,7 +290,9 @@ class LightningLearner:
             ConfigurationError: The learner does not keep the optimizer's state.
         """
         if not self.keep_optimizer:
-            raise ConfigurationError("there is no use for an optimizer's state: make the learner with keep_optimizer=True")
+            raise ConfigurationError(
+                "there is no use for an optimizer's state: make the learner with keep_optimizer=True"
+            )
         self.__dict__["_carried"] = (dict(tensors), dict(meta)) if meta else None
 
     def state_dict(self, model: ModelState) -> Params:
@@ -308,9 +329,7 @@ class LightningLearner:
         carrier = Carrier(
             means, seed=seed, threads=self.threads, folder=folder, carried=carried, keep=self.keep_optimizer
         )
-        trainer = fit_trainer(
-            self.trainer, [EqualExamples(samples), LocalObjectiveCallback(broadcast), means, carrier]
-        )
+        trainer = fit_trainer(self.trainer, [EqualExamples(samples), LocalObjectiveCallback(broadcast), means, carrier])
         if starts_processes(trainer):
             samples.data = portable(data)
         samples.passes = self._passes(len(data), trainer.world_size, rng)

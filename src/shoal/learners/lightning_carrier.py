@@ -130,9 +130,9 @@ def _restore(trainer: Trainer, carried: Carried) -> None:
 
 def count_on(trainer: Trainer, meta: dict[str, Any]) -> None:
     """Lets a trainer that has not begun count epochs and steps from where the last one ended."""
-    epochs = trainer.fit_loop.epoch_progress
-    for progress in (epochs.total, epochs.current):
-        progress.ready = progress.started = progress.processed = progress.completed = meta["epochs"]
+    progress: Any = trainer.fit_loop.epoch_progress  # Lightning types its counters as shorter than they are
+    for epochs in (progress.total, progress.current):
+        epochs.ready = epochs.started = epochs.processed = epochs.completed = meta["epochs"]
     loop = trainer.fit_loop.epoch_loop
     for steps in (
         loop.automatic_optimization.optim_progress.optimizer.step,

@@ -25,7 +25,9 @@ def changed(module: LightningModule, before: ModelState) -> tuple[dict[str, Arra
         before: The model that it started from.
     """
     arrays = dict(module.named_parameters()) | dict(module.named_buffers())
-    trees_before = ({name: torch.as_tensor(array) for name, array in tree.items()} for tree in (before.params, before.buffers))
+    trees_before = (
+        {name: torch.as_tensor(array) for name, array in tree.items()} for tree in (before.params, before.buffers)
+    )
     with torch.no_grad():
         delta, buffers = (
             trees.difference({name: arrays[name].to(tree[name].device) for name in tree}, tree) for tree in trees_before

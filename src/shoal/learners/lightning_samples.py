@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -83,8 +83,7 @@ class ClientSamples(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Returns the loader of this rank for the pass that Lightning has come to."""
-        trainer = self.trainer
-        assert trainer is not None
+        trainer = cast("Trainer", self.trainer)  # there is one when Lightning calls
         ranks, rank = trainer.world_size, trainer.global_rank
         number = trainer.current_epoch - self.first_epoch
         own: list[np.ndarray] = []
@@ -115,7 +114,7 @@ class EqualExamples(Callback):
         """Scales the gradient, and not the loss, which is logged."""
         if self._factor != 1.0:
             factor = self._factor
-            loss.register_hook(lambda gradient: gradient * factor)
+            loss.register_hook(lambda gradient: gradient * factor)  # type: ignore[no-untyped-call]
 
 
 def portable(data: Dataset) -> Dataset:

@@ -42,7 +42,7 @@ def unpack(tensors: Mapping[str, Tensor], meta: Any) -> Any:
         case "tuple":
             return tuple(unpack(tensors, item) for item in meta["items"])
         case "counter":
-            return Counter({key: count for key, count in meta["items"]})
+            return Counter(dict(meta["items"]))
         case _:
             return {key: unpack(tensors, item) for key, item in meta["items"]}
 

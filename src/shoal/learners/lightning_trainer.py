@@ -15,12 +15,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but from C
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from shoal.errors import ConfigurationError, WorkerError
@@ -29,7 +31,9 @@ SILENCE = timedelta(seconds=60)
 """How long a rank on a CPU waits for the others, unless the user's own strategy says otherwise."""
 
 OWNED = {
-    **dict.fromkeys(("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), "say epochs= or steps= instead"),
+    **dict.fromkeys(
+        ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time"), "say epochs= or steps= instead"
+    ),
     **dict.fromkeys(
         ("limit_train_batches", "overfit_batches", "fast_dev_run"),
         "a client trains on all of its data: give it less, or say steps=",
@@ -157,7 +161,7 @@ def launched(trainer: Trainer) -> Iterator[None]:
         return
     with _LAUNCH:
         before = dict(os.environ)
-        store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         alone = not torch.distributed.is_initialized()
         threads = torch.get_num_threads()
@@ -252,8 +256,8 @@ def _check_launch(trainer: Trainer, strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(trainer.strategy).__name__
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ConfigurationError(
-            f"strategy {name} divides the parameters or starts them elsewhere, which LightningLearner cannot gather: "
-            "use 'ddp', 'ddp_spawn' or 'ddp_fork'"
+            f"strategy {name} divides the parameters among its devices, which LightningLearner does not gather: "
+            "use strategy='ddp', 'ddp_spawn' or 'ddp_fork'"
         )
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher):

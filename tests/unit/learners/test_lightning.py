@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load, save
 
 import shoal
@@ -194,6 +194,7 @@ def test_what_the_learner_decides_itself_is_refused(settings, said):
         ({"strategy": "ddp", "devices": 2}, "use strategy='ddp_spawn', or start the program with torchrun --nproc_per"),
         ({"devices": 2}, "use strategy='ddp_spawn'"),
         ({"strategy": "fsdp", "devices": 2}, "Lightning refuses .* requires a GPU"),
+        ({"strategy": ModelParallelStrategy(), "devices": 2}, "strategy ModelParallelStrategy divides the parameters"),
         ({"strategy": "dpp"}, "Lightning refuses the trainer options: .*dpp"),
         ({"strategy": "ddp_spawn", "devices": 2, "num_nodes": 2}, "is for one machine"),
         ({"speed": 3}, "Lightning refuses the trainer options: .*speed"),
@@ -247,31 +248,45 @@ def test_it_is_quiet_unless_asked(capfd):
 
 
 def test_the_users_callbacks_are_called_and_start_anew():
-    class Counting(Callback):
-        seen = []
+    seen = []
 
+    class Counting(Callback):
         def __init__(self):
             self.count = 0
 
         def on_train_batch_end(self, *args):
             self.count += 1
-            self.seen.append(self.count)
+            seen.append(self.count)
 
     ours = lightning(trainer={"callbacks": Counting()})
     fit(ours)
     fit(ours)
-    assert Counting.seen == [1, 2, 3, 4, 5, 6] * 2
+    assert seen == [1, 2, 3, 4, 5, 6] * 2
 
 
-def test_an_interruption_stays_one():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_stays_one(number):
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stop(signum, frame):
+        raise Stop
+
     class Interrupted(Classifier):
         def training_step(self, batch, index):
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
+            return super().training_step(batch, index)
 
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    signal.signal(number, stop)  # another than Python's, as a run has that saves its state at the end
+    with pytest.raises(Stop):
         fit(lightning(Interrupted))
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is stop
+    fit(lightning())
+
+
+def test_what_would_be_lost_in_a_child_is_refused_there():
+    with pytest.raises(ConfigurationError, match="keep_optimizer=True keeps state that ends with a child process"):
+        lightning(keep_optimizer=True).preload()
 
 
 def test_without_the_extra_the_command_is_said():
@@ -283,33 +298,34 @@ def test_without_the_extra_the_command_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["ddp_spawn", "torchrun"])
-def test_programs_with_two_ranks_side_by_side(tmp_path, launcher):
-    """Two trainings at once do not meet each other, and end as one process does that knows nothing of them."""
+def test_programs_with_two_ranks_side_by_side(tmp_path):
+    """Trainings at the same time do not meet each other, and end as one device does with twice the batch size."""
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": path}
-    words = [TESTS / "lightning_modules.py"]
-    strategy = "ddp_spawn"
-    if launcher == "torchrun":
-        words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", *words]
-        strategy = "ddp"
-    folders = [tmp_path / "a", tmp_path / "b"]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
     started = []
     with contextlib.ExitStack() as stack:
-        for folder in folders:
+        for launcher, strategy in (([], "ddp_spawn"), (torchrun, "ddp")):
+            folder = tmp_path / strategy
             folder.mkdir()
-            process = subprocess.Popen(
-                [sys.executable, *words, folder, strategy], env=environment, stderr=subprocess.PIPE, text=True
-            )
+            words = [sys.executable, *launcher, TESTS / "lightning_modules.py", folder, strategy]
+            process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
             stack.callback(process.kill)
             started.append(process)
         for process in started:
             _, err = process.communicate(timeout=120)
             assert process.returncode == 0, err
     expected = fit(lightning(batch_size=8, epochs=2))
-    for folder in folders:
-        told = [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
-        assert len(told) == (2 if launcher == "torchrun" else 1)
+    for strategy, updates in (("ddp_spawn", 1), ("ddp", 2)):
+        told = [json.loads(path.read_text()) for path in sorted((tmp_path / strategy).iterdir())]
+        assert len(told) == updates
         assert all(update == told[0] for update in told)
         assert told[0]["metrics"] == pytest.approx(expected.metrics, abs=1e-6)
-        assert_equal({name: torch.tensor(array, dtype=torch.float64) for name, array in told[0]["delta"].items()}, expected.delta, atol=1e-6)
+        delta = {name: torch.tensor(array, dtype=torch.float64) for name, array in told[0]["delta"].items()}
+        assert_equal(delta, expected.delta, atol=1e-6)
