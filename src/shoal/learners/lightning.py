@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -218,9 +219,11 @@ class LightningLearner:
         module: Any = resident.module
         with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
             trainer, samples, carrier = self._prepare(broadcast, data, rng, Path(folder))
-            with quietly(), seeded(CPU, 0), computing(CPU, self.threads), launched(trainer):  # the carrier seeds
+            elsewhere = starts_processes(trainer)
+            device = CPU if elsewhere else trainer.strategy.root_device
+            with quietly(), self._computing(device), launched(trainer):
                 trainer.fit(module, datamodule=samples)
-            means, carried = carrier.results(elsewhere=starts_processes(trainer))
+            means, carried = carrier.results(elsewhere=elsewhere)
         if self.keep_optimizer:
             self.__dict__["_carried"] = carried
         delta, buffers = changed(module, broadcast.model)
@@ -240,8 +243,8 @@ class LightningLearner:
             raise DataError("there is no example to evaluate on")
         module: Any = self._copy(model).module
         batches = np.split(np.arange(len(data)), range(self.eval_batch_size, len(data), self.eval_batch_size))
-        with quietly(), seeded(CPU, 0), computing(CPU, self.threads):
-            trainer = one_device_trainer(self.trainer)
+        trainer = one_device_trainer(self.trainer)
+        with quietly(), self._computing(trainer.strategy.root_device):
             run = self._evaluation(trainer, module)
             run(module, dataloaders=loader(data, batches, self.loaders), verbose=False)
             return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -260,7 +263,7 @@ class LightningLearner:
             ends = np.unique([np.argmin(labels), np.argmax(labels)] if len(np.unique(labels)) > 1 else ends)
         module: Any = self._copy(self.first.state()).module
         try:
-            with quietly(), seeded(CPU, 0):
+            with quietly(), self._computing(CPU):
                 quick = one_device_trainer({}, accelerator="cpu", max_epochs=1, limit_val_batches=0)
                 quick.fit(module, loader(Subset(data, ends), [np.arange(len(ends))], {}))
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
@@ -311,6 +314,13 @@ class LightningLearner:
         self.init(seed=0)
         made: ResidentModel = self.__dict__["first"]
         return made
+
+    @contextmanager
+    def _computing(self, device: torch.device) -> Iterator[None]:
+        """Leaves torch's generators, threads and cuDNN as they are now, whatever the block does to them."""
+        flags = nullcontext() if "benchmark" in self.trainer else computing(device, None)
+        with seeded(device, 0), computing(CPU, self.threads), flags:  # in training the carrier seeds once more
+            yield
 
     def _copy(self, model: ModelState) -> ResidentModel:
         """Returns a copy of the module that holds the model's arrays."""

@@ -175,7 +175,7 @@ def launched(trainer: Trainer) -> Iterator[None]:
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _rank_failed(error) from error
         finally:
-            launcher.kill(signal.SIGKILL)
+            _end(launcher)
             if alone and torch.distributed.is_initialized():  # with "ddp" on one device it is this process's
                 torch.distributed.destroy_process_group()
             torch.set_num_threads(threads)
@@ -229,6 +229,8 @@ def _hushed() -> Hush:
 
 def _ignore_hints() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    # Forked ranks compute with one thread, see `launched`; the store's own thread stays with the caller.
+    warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
     # Lightning 2.6 calls what torch 2.13 has replaced.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
 
@@ -272,6 +274,13 @@ def _check_launch(trainer: Trainer, strategy: Any) -> None:
             f"strategy {name} with {trainer.world_size} devices runs the whole program once more for each: "
             f"use strategy='ddp_spawn', or start the program with torchrun --nproc_per_node={trainer.num_devices}"
         )
+
+
+def _end(launcher: Any) -> None:
+    """Ends what is left of the ranks, after an error or an interruption."""
+    launcher.kill(signal.SIGKILL)
+    for process in launcher.procs:
+        process.join()
 
 
 def _rank_failed(error: ProcessExitedException | ProcessRaisedException) -> WorkerError:

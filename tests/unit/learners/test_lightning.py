@@ -49,6 +49,15 @@ def test_it_is_a_learner_and_its_calls_leave_no_trace():
     assert_equal(ours.init(0).params, lightning(partial(Classifier, BatchNormNet)).init(0).params)
 
 
+def test_a_distributed_strategy_on_one_device_starts_nothing():
+    environment = dict(os.environ)
+    for _ in range(2):
+        update = fit(lightning(trainer={"strategy": "ddp", "devices": 1}))
+        assert_equal(update.delta, fit(lightning()).delta, atol=1e-7)
+    assert dict(os.environ) == environment
+    assert not torch.distributed.is_initialized()
+
+
 def test_the_metrics_are_means_over_all_passes_however_they_are_logged():
     class Logging(Classifier):
         def training_step(self, batch, index):
