@@ -221,7 +221,7 @@ class LightningLearner:
             trainer, samples, carrier = self._prepare(broadcast, data, rng, Path(folder))
             elsewhere = starts_processes(trainer)
             device = CPU if elsewhere else trainer.strategy.root_device
-            with quietly(), self._computing(device), launched(trainer):
+            with quietly(), self._computing(device), launched(trainer, Path(folder)):
                 trainer.fit(module, datamodule=samples)
             means, carried = carrier.results(elsewhere=elsewhere)
         if self.keep_optimizer:

@@ -18,6 +18,7 @@ from shoal.learners.lightning_metrics import LoggedMeans, gather_json
 from shoal.learners.lightning_objective import around
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import Hush, end_with_caller, forks
+from shoal.learners.lightning_watch import tell_started
 
 Carried = tuple[dict[str, Tensor], dict[str, Any]]
 """The state of optimizers, schedulers and counters: tensors by name, and JSON."""
@@ -56,6 +57,7 @@ class Carrier(Callback):
             end_with_caller()
             if self._threads is not None and not forks(trainer):
                 torch.set_num_threads(self._threads)
+        tell_started(self._folder, trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Seeds torch, and restores the optimizers.

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from shoal.errors import ConfigurationError, WorkerError
+from shoal.learners.lightning_watch import Watch
 
 SILENCE = timedelta(seconds=60)
 """How long a rank on a CPU waits for the others, unless the user's own strategy says otherwise."""
@@ -146,14 +148,18 @@ def end_with_caller() -> None:
 
 
 @contextmanager
-def launched(trainer: Trainer) -> Iterator[None]:
+def launched(trainer: Trainer, folder: Path) -> Iterator[None]:
     """Runs the trainer's processes, if there are any: they find each other, and none outlives the block.
 
     The place where they meet is held by this process from the moment that the system chose its port, so that no other
     training can come between. The environment is as before at the end.
 
+    Args:
+        trainer: About to train.
+        folder: Where ranks that it starts tell that they have started.
+
     Raises:
-        WorkerError: A rank has failed.
+        WorkerError: A rank has failed, or did not start in time.
     """
     launcher = trainer.strategy.launcher
     if launcher is None or _started_elsewhere(trainer):
@@ -170,10 +176,12 @@ def launched(trainer: Trainer) -> Iterator[None]:
             torch.set_num_threads(1)
             place["OMP_NUM_THREADS"] = "1"  # or Lightning would set another number there
         os.environ |= place
+        watch = Watch(launcher, folder, trainer.world_size)
         try:
-            yield
+            with watch:
+                yield
         except (ProcessExitedException, ProcessRaisedException) as error:
-            raise _rank_failed(error) from error
+            raise (WorkerError(watch.late) if watch.late else _rank_failed(error)) from error
         finally:
             _end(launcher)
             if alone and torch.distributed.is_initialized():  # with "ddp" on one device it is this process's

@@ -24,7 +24,9 @@ from lightning_modules import Classifier, Dying, Failing, Scheduled, fit, ranked
 from shoal import trees
 from shoal.data import ArrayDataset
 from shoal.errors import ConfigurationError, DataError, WorkerError
+from shoal.learners import lightning_watch
 from shoal.learners.base import Learner
+from shoal.learners.lightning_carrier import Carrier
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import SILENCE, fit_trainer
 from shoal.types import Broadcast, ModelState
@@ -172,6 +174,15 @@ def test_a_rank_that_ends_ends_the_call(module, said):
     assert time.monotonic() - begun < 45
     assert dict(os.environ) == environment
     assert fit(ranked("ddp_fork")).weight == 22
+
+
+def test_ranks_that_do_not_start_end_the_call(monkeypatch):
+    monkeypatch.setattr(lightning_watch, "START", 2.0)
+    monkeypatch.setattr(Carrier, "setup", lambda *given, **named: time.sleep(60))  # forked ranks have it too
+    begun = time.monotonic()
+    with pytest.raises(WorkerError, match="ranks 0, 1 did not start within 2 s, and all were ended"):
+        fit(ranked("ddp_fork"))
+    assert time.monotonic() - begun < 20
 
 
 def test_ranks_on_a_cpu_wait_a_minute_or_as_long_as_the_user_says():
