@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from shoal.data import ArrayDataset, Dataset, Subset
+from shoal.learners.batches import pieces
 
 
 class Batches(TorchDataset[tuple[Tensor, Tensor]]):
@@ -52,13 +53,6 @@ def loader(data: Dataset, batches: Sequence[np.ndarray], settings: Mapping[str, 
     return DataLoader(Batches(data), batch_sampler=batches, collate_fn=as_it_is, generator=generator, **settings)  # type: ignore[arg-type]  # any iterable of batches will do
 
 
-def share(examples: int, *, ranks: int, rank: int) -> slice:
-    """Returns which of a batch's examples one rank computes; the first ranks have one more where it does not divide."""
-    base, rest = divmod(examples, ranks)
-    start = rank * base + min(rank, rest)
-    return slice(start, start + base + (rank < rest))
-
-
 class ClientSamples(LightningDataModule):
     """The batches of one call to ``fit``, in the order drawn for it.
 
@@ -89,8 +83,9 @@ class ClientSamples(LightningDataModule):
         own: list[np.ndarray] = []
         self.shares = []
         for batch in self.passes[number]:
-            mine = batch[share(len(batch), ranks=ranks, rank=rank)]
-            self.shares.append((len(mine), len(mine) * ranks / len(batch)))
+            (piece,) = pieces(len(batch), batch_size=len(batch), ranks=ranks, rank=rank)
+            mine = batch[piece.start : piece.start + piece.count]
+            self.shares.append((piece.count, piece.share * ranks))
             own.append(mine if len(mine) else batch[:1])  # to compute with the others, for nothing
         return loader(self.data, own, self._settings, seed=self._seed + number * ranks + rank)
 

@@ -253,7 +253,7 @@ def test_devices_tell_of_the_trainer_and_change_it():
     assert there.devices == shoal.Devices(accelerator="cuda", precision="fp16")
     assert ours.describe()["trainer"] == {"accelerator": "cpu", "precision": "bf16-mixed"}
     with pytest.raises(ConfigurationError, match="say the strategy and the devices in its trainer options"):
-        ours.on(shoal.Devices(accelerator="cuda", **{"ids" if hasattr(shoal.Devices, "ids") else "id": 1}))
+        ours.on(shoal.Devices(accelerator="cuda", ids=[1]))
 
 
 def test_it_is_quiet_unless_asked(capfd):
