@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from shoal.devices import Devices
     from shoal.federation import Callback, Experiment, FederationResult, Progress, federate, run_experiment
+    from shoal.learners.lightning import LightningLearner
     from shoal.learners.schedules import WarmupCosine
     from shoal.learners.torch import TorchLearner, scale_pixels
     from shoal.runs import write_report
@@ -46,6 +47,7 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "FederationResult",
+    "LightningLearner",
     "LocalObjective",
     "ModelState",
     "Progress",
@@ -72,6 +74,7 @@ _HOMES = {
     "shoal.algorithms": ("FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi"),
     "shoal.devices": ("Devices",),
     "shoal.federation": ("Callback", "Experiment", "FederationResult", "Progress", "federate", "run_experiment"),
+    "shoal.learners.lightning": ("LightningLearner",),
     "shoal.learners.torch": ("TorchLearner", "scale_pixels"),
     "shoal.learners.schedules": ("WarmupCosine",),
     "shoal.runs": ("write_report",),
