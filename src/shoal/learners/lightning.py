@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoal.data import Dataset, Subset
 from shoal.description import dataclass_fields
-from shoal.devices import Accelerator, Devices, Precision
+from shoal.devices import Accelerator, Devices, Launched, Precision
 from shoal.errors import ConfigurationError, DataError, MissingExtraError
 from shoal.learners.batches import batch_sizes, draw_order, draw_seed
 from shoal.learners.torch_devices import computing, may_use_cuda, preload
@@ -45,6 +45,7 @@ from shoal.learners.lightning_trainer import (
     quietly,
     starts_processes,
 )
+from shoal.learners.lightning_training import LightningTraining
 
 CPU = torch.device("cpu")
 
@@ -271,6 +272,33 @@ class LightningLearner:
                 raise
             first = str(error).strip().splitlines()[0]
             raise DataError(f"the module does not take the data: {type(error).__name__}: {first}") from error
+
+    @contextmanager
+    def training(self, data: Dataset, *, epochs: int, seed: int, scale_lr: bool = False) -> Iterator[LightningTraining]:
+        """Begins a training, epoch by epoch; optimizers and schedulers go on from one to the next.
+
+        Strategies that start processes start them anew for each epoch.
+
+        Args:
+            data: All examples.
+            epochs: Passes over them.
+            seed: Decides all randomness.
+            scale_lr: Must be False: the learning rates are the module's own.
+
+        Raises:
+            ConfigurationError: Rates are to be scaled, or a launcher has started several processes.
+        """
+        if scale_lr:
+            raise ConfigurationError("scale_lr is for a TorchLearner: a LightningModule makes its own optimizers")
+        place = Launched.here()
+        if place is not None and place.count > 1:
+            raise ConfigurationError(
+                f"{place.count} processes were started, and a LightningModule trains from one: start one, and say "
+                'trainer={"strategy": "ddp_spawn", "devices": …}'
+            )
+        learner = dataclasses.replace(self, epochs=1, steps=None, keep_optimizer=True)
+        devices = fit_trainer(self.trainer).world_size
+        yield LightningTraining(learner, data, epochs=epochs, seed=seed, devices=devices)
 
     def carried(self) -> Carried:
         """Returns the state of optimizers, schedulers and counters after the last :meth:`fit`, to be saved.

@@ -153,7 +153,7 @@ class TrainingLoop:
             "epoch": epoch,
             "step": ongoing.step,
             **means,
-            "learning_rate": ongoing.rates()[0],
+            **({"learning_rate": rates[0]} if (rates := ongoing.rates()) else {}),
             "examples": examples,
             "seconds": progress.seconds,
             "samples_per_second": examples / progress.seconds,

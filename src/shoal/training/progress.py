@@ -68,8 +68,9 @@ class TrainingProgress(TrainingCallback):
         trained = [f"train {name} {record[f'train_{name}']:.4f}" for name in SHOWN if f"train_{name}" in record]
         measured = [f"{name} {record[name]:.4f}" for name in SHOWN if name in record]
         told = [f"epoch {record['epoch']}/{self._epochs}", *trained, *measured]
-        told += [f"lr {record['learning_rate']:.3g}", f"{record['samples_per_second']:,.0f} samples/s"]
-        self._print(" · ".join([*told, f"{record['seconds']:.1f} s"]))
+        told += [f"lr {record['learning_rate']:.3g}"] if "learning_rate" in record else []
+        speed = f"{record['samples_per_second']:,.0f} samples/s"
+        self._print(" · ".join([*told, speed, f"{record['seconds']:.1f} s"]))
 
     def on_train_end(self, result: TrainingResult) -> None:
         """Shows the final tables."""
