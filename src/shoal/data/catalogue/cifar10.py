@@ -23,7 +23,7 @@ TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = ("test_batch",)
 
 
-def cifar10(*, data_dir: Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
+def cifar10(*, data_dir: str | Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
     """Returns CIFAR-10 as training and test data: 50,000 and 10,000 images in 10 classes.
 
     Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
@@ -38,7 +38,7 @@ def cifar10(*, data_dir: Path | None = None) -> tuple[ArrayDataset, ArrayDataset
     Raises:
         DataError: The archive is not there and cannot be downloaded, or is damaged.
     """
-    home = data_dir or data_home("cifar10")
+    home = data_home("cifar10") if data_dir is None else Path(data_dir)
     if (home / FOLDER).is_dir():
         read = _folder_reader(home / FOLDER)
     else:

@@ -28,7 +28,7 @@ MAGIC = {1: 0x0801, 3: 0x0803}
 """How an IDX file of unsigned bytes begins, by its number of dimensions."""
 
 
-def fashion_mnist(*, data_dir: Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
+def fashion_mnist(*, data_dir: str | Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
     """Returns Fashion-MNIST as training and test data: 60,000 and 10,000 images in 10 classes.
 
     Xiao et al., *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*, 2017.
@@ -43,7 +43,7 @@ def fashion_mnist(*, data_dir: Path | None = None) -> tuple[ArrayDataset, ArrayD
     Raises:
         DataError: A file is not there and cannot be downloaded, or is damaged.
     """
-    folders = [data_dir] if data_dir is not None else [DEBIAN, data_home("fashion-mnist")]
+    folders = [Path(data_dir)] if data_dir is not None else [DEBIAN, data_home("fashion-mnist")]
     paths = {name: _find(name, folders) for name in FILES}
     train, test = (
         ArrayDataset(

@@ -31,7 +31,9 @@ GRAVITY_HERTZ, GRAVITY_ORDER = 0.3, 3
 """The low-pass filter that leaves gravity of an acceleration: where it cuts off, and its order."""
 
 
-def hapt(*, data_dir: Path | None = None, held_out: Sequence[int] = HELD_OUT) -> tuple[ArrayDataset, ArrayDataset]:
+def hapt(
+    *, data_dir: str | Path | None = None, held_out: Sequence[int] = HELD_OUT
+) -> tuple[ArrayDataset, ArrayDataset]:
     """Returns UCI HAPT's six basic activities as training and test data of different people.
 
     Reyes-Ortiz et al., *Transition-Aware Human Activity Recognition Using Smartphones*, 2016: 30 subjects and 61
@@ -59,7 +61,7 @@ def hapt(*, data_dir: Path | None = None, held_out: Sequence[int] = HELD_OUT) ->
         MissingExtraError: scipy is not installed.
     """
     _require_scipy()
-    recordings = read(_source(data_dir or data_home("hapt")))
+    recordings = read(_source(data_home("hapt") if data_dir is None else Path(data_dir)))
     tested = {int(subject) for subject in held_out}
     _check(tested, {recording.subject for recording in recordings})
     train, test = (

@@ -18,7 +18,7 @@ CLASSES = 120
 FOLDER = "Images"
 
 
-def stanford_dogs(*, data_dir: Path, size: int = 128) -> tuple[ImageFiles, ImageFiles]:
+def stanford_dogs(*, data_dir: str | Path, size: int = 128) -> tuple[ImageFiles, ImageFiles]:
     """Returns Stanford Dogs as training and test data: 12,000 and 8,580 photographs of 120 breeds.
 
     Khosla et al., *Novel Dataset for Fine-Grained Image Categorization*, 2011.
@@ -36,6 +36,7 @@ def stanford_dogs(*, data_dir: Path, size: int = 128) -> tuple[ImageFiles, Image
     """
     if size < 1:
         raise ConfigurationError(f"size must be ≥ 1, not {size}")
+    data_dir = Path(data_dir)
     if not (data_dir / FOLDER).is_dir():
         raise DataError(
             f"{data_dir} lacks the folder {FOLDER}: unpack images.tar and lists.tar of {HOME_PAGE} (750 MB) there"
