@@ -189,6 +189,11 @@ class OngoingTraining(Protocol):
         ...  # pragma: no cover
 
     @property
+    def accelerator(self) -> str:
+        """The kind of device that the model is on, such as "cpu" or "cuda"."""
+        ...  # pragma: no cover
+
+    @property
     def model_bytes(self) -> int:
         """The size of the whole model."""
         ...  # pragma: no cover

@@ -67,6 +67,8 @@ class LightningTraining:
         """How many there are in all."""
         self.steps_per_epoch = 1
         """One: an epoch is a step."""
+        self.accelerator = learner.devices.accelerator
+        """The kind of device that was asked for."""
         self._learner = learner
         self._data = data
         self._seed = seed

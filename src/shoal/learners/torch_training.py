@@ -75,6 +75,8 @@ class TorchTraining:
     def __init__(
         self, learner: TorchLearner, data: Dataset, *, epochs: int, seed: int, ranks: Ranks, scale_lr: bool = False
     ) -> None:
+        self.accelerator = learner.device.type
+        """The kind of device that the model is on."""
         self._ranks = ranks
         self.rank = ranks.rank
         """Which rank this is."""

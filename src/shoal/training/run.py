@@ -118,7 +118,7 @@ def _open_folder(
         "options": plan.options(),
         "environment": environment(
             seed=plan.seed,
-            devices=describe(plan.learner.devices),
+            devices={**describe(plan.learner.devices), "accelerator": ongoing.accelerator},
             batch={
                 "per_device": batching.per_device,
                 "devices": batching.devices,
