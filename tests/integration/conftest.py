@@ -6,7 +6,8 @@ import pytest
 
 pytest.register_assert_rewrite("launches")
 
-from launches import one_process  # noqa: E402 - its assertions are to be rewritten
+from hosts import linked_hosts, why_not  # noqa: E402
+from launches import one_process, wait_for  # noqa: E402 - its assertions are to be rewritten
 from nursery import Nursery  # noqa: E402
 
 
@@ -25,3 +26,24 @@ def alone(nursery, tmp_path_factory):
     code, told = one_process(nursery, folder)
     assert code == 0, told
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def machines():
+    """Two hosts, where this machine can be made to be two."""
+    if refused := why_not():
+        pytest.skip(f"no linked network namespaces can be made here: {refused}")
+    with linked_hosts() as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(machines):
+    """Two hosts on which nothing runs, linked."""
+    yield machines
+    left = [host.processes for host in machines]
+    for host in machines:
+        host.kill()
+        host.switch("up")
+    wait_for(lambda: not any(host.processes for host in machines))
+    assert left == [[], []]

@@ -1,19 +1,16 @@
-"""Workers on two hosts: network namespaces of this machine, joined by a link that can be cut."""
+"""Workers on two hosts, whose link can be cut."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 import signal
-import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from hosts import LINK, NEEDED, ip
 from launches import (
     LONG,
     QUICK,
@@ -30,108 +27,10 @@ from launches import (
     wait_for_lines,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.geteuid() != 0, reason="only root may make network namespaces"),
-    pytest.mark.skipif(not shutil.which("ip"), reason="there is no ip command to make hosts with: install iproute2"),
-]
+pytestmark = [pytest.mark.slow, *NEEDED]
 
 PROMISED = 30.0
 """Seconds in which all have ended after one has."""
-
-LINK = "link0"
-"""The interface of each host that leads to the other."""
-
-
-@dataclass(frozen=True)
-class Host:
-    """A network namespace with one end of the link."""
-
-    name: str
-    address: str
-
-    @property
-    def processes(self):
-        """The ids of what runs there."""
-        return [int(pid) for pid in ip("netns", "pids", self.name).split()]
-
-    def worker(self):
-        """Returns the id of the one process there that a launcher has started."""
-        (pid,) = (pid for pid in self.processes if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes())
-        return pid
-
-    def kill(self):
-        """Ends all that runs there at once, so that nobody tells anybody."""
-        for pid in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def switch(self, state):
-        """Switches this end of the link, and so the link, ``up`` or ``down``; no connection ends by that."""
-        ip("-n", self.name, "link", "set", LINK, state)
-
-
-def ip(*words):
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True, timeout=10).stdout
-
-
-def why_not():
-    """Returns why this machine makes no network namespaces or no links in them; nothing where it does."""
-    name = f"shoal-{os.getpid()}-probe"
-    try:
-        ip("netns", "add", name)
-        try:
-            ip("-n", name, "link", "add", "type", "veth")
-        finally:
-            ip("netns", "delete", name)
-    except subprocess.CalledProcessError as error:
-        return error.stderr.strip()
-    return ""
-
-
-@contextlib.contextmanager
-def lone_host(end):
-    """Yields one host, and takes it down with all that runs there."""
-    host = Host(f"shoal-{os.getpid()}-{end}", f"192.168.83.{end}")
-    ip("netns", "add", host.name)
-    try:
-        yield host
-    finally:
-        host.kill()
-        ip("netns", "delete", host.name)
-
-
-@contextlib.contextmanager
-def linked_hosts():
-    """Yields two hosts that reach each other."""
-    with lone_host(1) as one, lone_host(2) as two:
-        ip("link", "add", LINK, "netns", one.name, "type", "veth", "peer", "name", LINK, "netns", two.name)
-        for host in (one, two):
-            ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", LINK)
-            ip("-n", host.name, "link", "set", "lo", "up")
-            host.switch("up")
-        yield [one, two]
-
-
-@pytest.fixture(scope="module")
-def machines():
-    """Two hosts, where this machine can be made to be two."""
-    if refused := why_not():
-        pytest.skip(f"no linked network namespaces can be made here: {refused}")
-    with linked_hosts() as hosts:
-        yield hosts
-
-
-@pytest.fixture
-def hosts(machines):
-    """Two hosts on which nothing runs, linked."""
-    yield machines
-    left = [host.processes for host in machines]
-    for host in machines:
-        host.kill()
-        host.switch("up")
-    wait_for(lambda: not any(host.processes for host in machines))
-    assert left == [[], []]
 
 
 class Torchrun:
