@@ -1,0 +1,417 @@
+"""The trainings on images: on one node and on two, on this machine and on two hosts, in both formats."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from scipy.io import savemat
+
+from hosts import NEEDED
+from launches import free_port, wait_for, wait_for_lines
+from process_table import alive, children, eventually
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
+LAUNCHER = EXAMPLE / "run_torch_ddp.sh"
+PROMISED = 30.0
+"""Seconds in which all have ended after one has."""
+
+# Adam divides a gradient by its own size, so where that is all rounding, so is the step: hence the small rate.
+SHORT = ("-e", "2", "-bs", "30", "-lr", "2e-5", "--accelerator", "cpu", "--no-augment")
+LONG = ("-e", "100000", "-bs", "30", "--accelerator", "cpu")
+
+
+def write_idx(path, array):
+    path.write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes())
+
+
+@pytest.fixture(scope="session")
+def clothes(tmp_path_factory):
+    """A folder in the format of Fashion-MNIST, with few images: 100 does not divide by 30."""
+    folder, rng = tmp_path_factory.mktemp("clothes"), np.random.default_rng(0)
+    for part, count in (("train", 100), ("t10k", 33)):
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8)
+        images[np.arange(count), labels + 9] = 255
+        write_idx(folder / f"{part}-images-idx3-ubyte", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", labels)
+    return folder
+
+
+@pytest.fixture
+def dogs(tmp_path):
+    """A folder in the format of Stanford Dogs, with three photographs of each of two breeds."""
+    folder = tmp_path / "dogs"
+    for part, names in (("train", ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")), ("test", ("a/3.jpg", "b/3.jpg"))):
+        for name in names:
+            path = folder / "Images" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (150, 140), (200, 20, 20) if name[0] == "a" else (20, 20, 200)).save(path)
+        labels = np.array([[1 if name[0] == "a" else 120] for name in names])
+        savemat(folder / f"{part}_list.mat", {"file_list": np.array(names, dtype=object)[:, None], "labels": labels})
+    return folder
+
+
+@pytest.fixture
+def run_here(monkeypatch, tmp_path):
+    """Runs a script in this process; returns its exit code."""
+    monkeypatch.syspath_prepend(EXAMPLE)
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *words):
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE / script), *map(str, words)])
+        try:
+            runpy.run_path(str(EXAMPLE / script), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    yield run
+    sys.modules.pop("images", None)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Starts the two-node script in a folder of its own; what is left of it is killed at the end."""
+    started = []
+
+    def start(*words, host=None, folder=tmp_path, **environment):
+        folder.mkdir(exist_ok=True)
+        enter = ["ip", "netns", "exec", host.name] if host else []
+        kept = {name: value for name, value in os.environ.items() if name not in {"MASTER_ADDR", "NODE_RANK"}}
+        with (folder / "said").open("wb") as said:
+            process = subprocess.Popen(
+                [*enter, LAUNCHER, *map(str, words)],
+                cwd=folder,
+                env=kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                process_group=0,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+def below(pid):
+    """Returns all processes that a process has started, and that they have."""
+    return [found for child in children(pid) for found in (child, *below(child))]
+
+
+def node(process, rank):
+    """Returns the process of a node."""
+    word = f"--node-rank={rank}".encode()
+    (found,) = (pid for pid in children(process.pid) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
+    return found
+
+
+def all_gone(pids):
+    return eventually(lambda: not any(alive(pid) for pid in pids))
+
+
+def records(run):
+    """Returns what a run has recorded of its epochs, without what differs from run to run."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = ("epoch", "step", "examples", "train_loss", "train_accuracy", "loss", "accuracy")
+    return [{name: line[name] for name in kept} for line in lines]
+
+
+def assert_same(run, expected):
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, expected))
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+    for line, wanted in zip(records(run), records(expected), strict=True):
+        assert line == pytest.approx(wanted, rel=0, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def one_process(clothes, tmp_path_factory):
+    """The run of one process without a launcher."""
+    folder = tmp_path_factory.mktemp("one")
+    words = [sys.executable, "-W", "error", EXAMPLE / "train_torch_ddp.py", clothes, *SHORT]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"no Stanford Dogs in {clothes}: training on Fashion-MNIST\n")
+    assert done.stdout.splitlines()[-1].startswith("finished after ")
+    return folder / "runs/torch_ddp"
+
+
+@pytest.mark.slow
+class TestTwoNodes:
+    def test_they_end_where_one_process_does(self, launch, clothes, one_process, tmp_path):
+        process = launch(clothes, *SHORT)
+        assert process.wait(90) == 0, (tmp_path / "said").read_text()
+        assert_same(tmp_path / "runs/torch_ddp", one_process)
+        logs = [(tmp_path / f"job_torch_ddp_{rank}.log").read_text() for rank in (0, 1)]
+        assert "batch: 15 examples a device × 2 devices = 30 a step (ddp, fp32)" in logs[0]
+        assert logs[0].splitlines()[-1].startswith("finished after ")
+        assert logs[1] == ""
+        assert (tmp_path / "said").read_text() == logs[0]
+
+    @pytest.mark.parametrize("what", ["node", "rank"])
+    def test_one_that_is_killed_ends_all(self, launch, clothes, tmp_path, what):
+        process = launch(clothes, *LONG)
+        wait_for_lines(tmp_path / "runs/torch_ddp", 1)
+        everyone, victim = below(process.pid), node(process, 1)
+        if what == "rank":
+            (victim,) = children(victim)
+        os.kill(victim, signal.SIGKILL)
+        code = 1 if what == "rank" else 128 + signal.SIGKILL
+        assert process.wait(PROMISED) == code
+        assert (
+            f"run_torch_ddp.sh: node 1 failed with code {code}; its log is job_torch_ddp_1.log"
+            in (tmp_path / "said").read_text()
+        )
+        assert all_gone(everyone)
+
+    def test_ctrl_c_ends_all_and_the_run_can_go_on(self, launch, clothes, tmp_path):
+        process = launch(clothes, *LONG)
+        wait_for_lines(tmp_path / "runs/torch_ddp", 1)
+        everyone = below(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(PROMISED) == 128 + signal.SIGINT
+        assert "train_torch_ddp.py: rank 0: stopped after step" in (tmp_path / "job_torch_ddp_0.log").read_text()
+        assert all_gone(everyone)
+
+    def test_what_a_rank_refuses_is_told_once(self, launch, clothes, tmp_path):
+        process = launch(clothes, *SHORT, "-bs", "31")
+        assert process.wait(PROMISED) == 1
+        told = (tmp_path / "said").read_text()
+        refused = "error: -bs 31 cannot be divided among 2 devices: use -bs 30 or -bs 32"
+        assert f"job_torch_ddp_1.log\ntrain_torch_ddp.py: rank 1: {refused}" in told
+        assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+class TestTwoHosts:
+    pytestmark = NEEDED
+
+    def test_they_end_where_one_process_does(self, launch, hosts, clothes, one_process, tmp_path):
+        place = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(free_port())}
+        folders = [tmp_path / f"host-{rank}" for rank in (0, 1)]
+        started = [
+            launch(clothes, *SHORT, host=host, folder=folder, NODE_RANK=str(rank), **place)
+            for rank, (host, folder) in enumerate(zip(hosts, folders, strict=True))
+        ]
+        told = [folder / "said" for folder in folders]
+        assert [process.wait(90) for process in started] == [0, 0], [path.read_text() for path in told]
+        assert_same(folders[0] / "runs/torch_ddp", one_process)
+        assert "2 devices = 30 a step" in told[0].read_text()
+        assert [path.name for path in sorted(folders[1].iterdir())] == ["job_torch_ddp_1.log", "said"]
+
+    def test_the_other_host_ends_when_one_is_lost(self, launch, hosts, clothes, tmp_path):
+        place = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(free_port())}
+        folders = [tmp_path / f"host-{rank}" for rank in (0, 1)]
+        started = [
+            launch(clothes, *LONG, host=host, folder=folder, NODE_RANK=str(rank), **place)
+            for rank, (host, folder) in enumerate(zip(hosts, folders, strict=True))
+        ]
+        wait_for_lines(folders[0] / "runs/torch_ddp", 1)
+        hosts[1].kill()
+        assert started[0].wait(PROMISED) == 1
+        assert "train_torch_ddp.py: rank 0: error: another rank is gone" in (folders[0] / "said").read_text()
+
+
+FAKE = """#!/usr/bin/env bash
+echo "$CUDA_VISIBLE_DEVICES|$OMP_NUM_THREADS|$*"
+case "$*" in *--node-rank=1*) eval "${NODE_1:-}" ;; *) eval "${NODE_0:-}" ;; esac
+"""
+"""Stands in for Python, and shows how it was called."""
+
+
+class TestTheLauncher:
+    @pytest.fixture
+    def fake(self, tmp_path):
+        path = tmp_path / "python"
+        path.write_text(FAKE)
+        path.chmod(0o755)
+        return {"PYTHON": str(path), "MASTER_PORT": "29500"}
+
+    @staticmethod
+    def shown(folder, rank):
+        """Returns the devices, the threads, and the words."""
+        return (folder / f"job_torch_ddp_{rank}.log").read_text().splitlines()[0].split("|")
+
+    def test_the_nodes_get_the_arguments_and_half_of_the_gpus_each(self, launch, fake, tmp_path):
+        process = launch("some folder", "-bs", 64, CUDA_VISIBLE_DEVICES="0,2,4,6,7", **fake)
+        assert process.wait(10) == 0
+        for rank, devices in enumerate(["0,2", "4,6"]):
+            visible, _, words = self.shown(tmp_path, rank)
+            assert visible == devices
+            assert f"--nnodes=2 --node-rank={rank} --nproc-per-node=2 --master-addr=127.0.0.1" in words
+            assert words.endswith("train_torch_ddp.py some folder -bs 64")
+
+    def test_on_a_cpu_there_is_a_process_a_node_and_the_cores_are_divided(self, launch, fake, tmp_path):
+        launch("--accelerator", "cpu", CUDA_VISIBLE_DEVICES="0", OMP_NUM_THREADS="", **fake).wait(10)
+        visible, threads, words = self.shown(tmp_path, 1)
+        assert (visible, threads) == ("0", str(max(len(os.sched_getaffinity(0)) // 2, 1)))
+        assert "--nproc-per-node=1" in words
+
+    def test_node_rank_starts_that_node_only(self, launch, fake, tmp_path):
+        process = launch(NODE_RANK="2", NNODES="3", NPROC="4", MASTER_ADDR="10.0.0.9", CUDA_VISIBLE_DEVICES="", **fake)
+        assert process.wait(10) == 0
+        assert "--nnodes=3 --node-rank=2 --nproc-per-node=4 --master-addr=10.0.0.9" in self.shown(tmp_path, 2)[2]
+        assert not (tmp_path / "job_torch_ddp_0.log").exists()
+        assert (tmp_path / "said").read_text() == (tmp_path / "job_torch_ddp_2.log").read_text()
+
+    @pytest.mark.parametrize("failed", [0, 1])
+    def test_a_failure_of_either_is_returned_when_the_other_has_ended(self, launch, fake, tmp_path, failed):
+        ends = {f"NODE_{failed}": "echo train_torch_ddp.py: error: reason; exit 7", f"NODE_{1 - failed}": "sleep 60"}
+        process = launch(CUDA_VISIBLE_DEVICES="", **ends, **fake)
+        wait_for(lambda: len(below(process.pid)) > 1)
+        everyone = below(process.pid)
+        assert process.wait(PROMISED) == 7
+        told = f"run_torch_ddp.sh: node {failed} failed with code 7; its log is job_torch_ddp_{failed}.log\n"
+        assert told + "train_torch_ddp.py: error: reason\n" in (tmp_path / "said").read_text()
+        assert all_gone(everyone)
+
+    def test_it_waits_for_both(self, launch, fake):
+        started = time.monotonic()
+        assert launch(CUDA_VISIBLE_DEVICES="", NODE_1="sleep 1", **fake).wait(10) == 0
+        assert time.monotonic() - started > 1
+
+    def test_a_node_deaf_to_sigterm_is_killed(self, launch, fake, tmp_path):
+        process = launch(CUDA_VISIBLE_DEVICES="", NODE_0="trap '' TERM; while :; do sleep 1; done", **fake)
+        wait_for(lambda: (tmp_path / "said").exists() and "|" in (tmp_path / "said").read_text())
+        everyone = below(process.pid)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PROMISED) == 128 + signal.SIGTERM
+        assert all_gone(everyone)
+
+    @pytest.mark.parametrize(
+        ("environment", "message"),
+        [
+            ({"NODE_RANK": "2", "MASTER_ADDR": "h"}, "NODE_RANK=2 is not among 0 to 1"),
+            ({"NODE_RANK": "one", "MASTER_ADDR": "h"}, "NODE_RANK=one is not among 0 to 1"),
+            ({"NODE_RANK": "1"}, "NODE_RANK=1 is for several machines: set MASTER_ADDR to that of node 0"),
+            ({"MASTER_ADDR": "h"}, "MASTER_ADDR=h is for several machines: set NODE_RANK too, or unset it"),
+            ({"NNODES": "0"}, "NNODES=0 is no number of nodes: leave it out for 2"),
+            ({"NPROC": "all"}, "NPROC=all is no number of processes: leave it out for one a GPU"),
+            ({"CUDA_VISIBLE_DEVICES": "3"}, "2 × 1 processes need as many GPUs, and there are 1"),
+        ],
+    )
+    def test_what_cannot_be_is_refused(self, launch, fake, tmp_path, environment, message):
+        assert launch(**fake, **environment).wait(10) == 2
+        told = (tmp_path / "said").read_text()
+        assert told.startswith(f"run_torch_ddp.sh: error: {message}")
+        assert told.count("\n") == 1
+        assert not [*tmp_path.glob("job*")]
+
+
+def test_dogs_are_read_from_their_folder(run_here, dogs, capsys):
+    assert run_here("train_torch_ddp.py", dogs, "-e", "1", "-bs", "4", "--accelerator", "cpu") == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"Stanford Dogs in {dogs}\nimages: 4 examples, 1 epochs, 1 steps")
+    weights = load_file("runs/torch_ddp/model.safetensors")
+    assert [array.shape[0] for array in weights.values()][-1] == 120
+
+
+@pytest.mark.parametrize("count", [None, 20])
+def test_a_run_goes_on_where_it_stopped(run_here, clothes, count):
+    subset = () if count is None else ("--subset", count)
+    words = (clothes, *subset, "-bs", "16", "--accelerator", "cpu", "--run-dir")
+    assert run_here("train_torch_ddp.py", *words, "whole", "-e", "2") == 0
+    assert records(Path("whole"))[-1]["examples"] == (count or 100)
+
+
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").exists(), reason="no dataset-fashion-mnist")
+def test_without_a_folder_it_is_fashion_mnist(run_here, tmp_path, capsys):
+    words = ("-e", "1", "-bs", "64", "--subset", "64", "--accelerator", "cpu")
+    for folder, found in (((), "no datadir"), ((tmp_path,), f"no Stanford Dogs in {tmp_path}")):
+        assert run_here("train_torch_ddp.py", *folder, *words, "--run-dir", found.replace("/", "-")) == 0
+        told = capsys.readouterr().out
+        assert told.startswith(f"{found}: training on Fashion-MNIST\nimages: 64 examples")
+
+
+def test_augmentation_is_for_training_alone_and_seeded(run_here, clothes, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLE)
+    from images import Augment
+
+    torch.manual_seed(0)
+    images, augment = torch.rand(64, 3, 8, 8), Augment()
+    assert augment.eval()(images) is images
+    torch.manual_seed(1)
+    first = augment.train()(images)
+    torch.manual_seed(1)
+    assert torch.equal(first, augment(images))
+    assert not torch.equal(first, augment(images))
+    assert first.shape == images.shape
+    assert 0 <= first.min() < first.max() <= 1
+    mirrored = [
+        float(torch.corrcoef(torch.stack([new.flatten(), old.flip(2).flatten()]))[0, 1]) > 0.9
+        for new, old in zip(first, images, strict=True)
+    ]
+    assert 16 < sum(mirrored) < 48
+
+
+class TestRefusals:
+    CPU = ("--accelerator", "cpu")
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("-bs", "0"), "argument -bs/--batch-size: 0 is not at least 1"),
+            (("-e", "two"), "argument -e/--epochs: invalid positive value: 'two'"),
+            (("-lr", "-1"), "argument -lr/--learning-rate: -1 is not above 0"),
+            (("--seed", "-1"), "argument --seed: -1 is not at least 0"),
+            (("nowhere",), "there is no folder nowhere: leave it out to train on Fashion-MNIST"),
+            (("--precision", "fp16"), "fp16 is for CUDA devices: on a CPU use precision='bf16' or 'fp32'"),
+            (("--resume",), "there is no run to resume in runs/torch_ddp; leave --resume out to begin one"),
+        ],
+    )
+    def test_by_ddp(self, run_here, clothes, capsys, words, message):
+        data = () if words[0] == "nowhere" else (clothes,)
+        assert run_here("train_torch_ddp.py", *data, *words, *self.CPU) == 2
+        assert capsys.readouterr().err == f"train_torch_ddp.py: error: {message}\n"
+
+    def test_of_half_of_stanford_dogs(self, run_here, dogs, capsys):
+        (dogs / "test_list.mat").unlink()
+        assert run_here("train_torch_ddp.py", dogs, *self.CPU) == 2
+        assert f"error: {dogs} lacks test_list.mat: unpack lists.tar" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("batch", "message"),
+        [
+            (1, "-bs 1 is the batch of all 2 devices together: use -bs 2 or more, or fewer devices"),
+            (7, "-bs 7 cannot be divided among 2 devices: use -bs 6 or -bs 8"),
+        ],
+    )
+    def test_of_batches_that_ranks_cannot_share(self, run_here, monkeypatch, clothes, capsys, batch, message):
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        assert run_here("train_torch_ddp.py", clothes, "-bs", batch, *self.CPU) == 2
+        assert capsys.readouterr().err == f"train_torch_ddp.py: rank 1: error: {message}\n"
+
+    @pytest.mark.parametrize(
+        ("gpus", "words", "message"),
+        [
+            (0, (), "DataParallel copies the model among CUDA GPUs, and torch sees none: use train_torch_ddp.py"),
+            (0, CPU, "strategy 'dp' copies a model among CUDA devices: on a CPU use 'ddp'"),
+            (2, (), "-n 8 GPUs were asked for, and there are 2: use -n 2"),
+            (2, ("-n", "0"), "argument -n/--n-gpus: 0 is not at least 1"),
+            (2, ("-n", "2", "-bs", "9"), "-bs 9 cannot be divided among 2 devices: use -bs 8 or -bs 10"),
+        ],
+    )
+    def test_by_dp(self, run_here, monkeypatch, clothes, capsys, gpus, words, message):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        assert run_here("train_torch_dp.py", clothes, *words) == 2
+        assert capsys.readouterr().err == f"train_torch_dp.py: error: {message}\n"
