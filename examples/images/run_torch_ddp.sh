@@ -86,14 +86,14 @@ wait_for_the_others() {  # SECONDS
 }
 
 end_the_others() {  # SIGNAL
-  kill "-$1" "${!left[@]}" 2>/dev/null
+  kill "-$1" "${!left[@]}"
   wait_for_the_others "$KILL"
-  for pid in "${!left[@]}"; do kill -KILL -- "-$pid" 2>/dev/null; done
+  for pid in "${!left[@]}"; do kill -KILL -- "-$pid"; done
 }
 
 tell_failure() {  # RANK CODE
-  echo "${0##*/}: node $1 failed with code $2; its log is $(log_of "$1")" >&2
-  grep -m 1 "^${script##*/}: .*error: " "$(log_of "$1")" >&2
+  local told="${0##*/}: node $1 failed with code $2; its log is $(log_of "$1")"
+  printf '%s\n' "$told" "$(grep -m 1 "^${script##*/}: .*error: " "$(log_of "$1")")" | sed '/^$/d' >&3
 }
 
 declare -A left  # the ranks of the nodes that run, by their processes
@@ -104,6 +104,7 @@ for place in "${!here[@]}"; do start "$place" "$@"; done
 tail --pid="$first" --sleep-interval=0.2 -n +1 -f "$(log_of "${here[0]}")" &
 shown=$!
 
+exec 3>&2 2>/dev/null  # bash itself has nothing to say about those that a signal ends
 while ((${#left[@]} && !code)) && [[ -z $signal ]]; do
   wait -n -p ended "${!left[@]}"
   status=$?
@@ -117,11 +118,11 @@ if [[ -n $signal ]]; then
 elif ((code)); then
   wait_for_the_others "$GRACE"
   for pid in "${!left[@]}"; do
-    kill -0 "$pid" 2>/dev/null && continue
+    kill -0 "$pid" && continue
     wait "$pid" || tell_failure "${left[$pid]}" "$?"
     unset "left[$pid]"
   done
   end_the_others TERM
 fi
-wait "$shown" 2>/dev/null
+wait "$shown"
 exit "$code"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import runpy
 import signal
@@ -14,15 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.numpy import load_file
-from scipy.io import savemat
 
+import pictures
+import shoal
 from hosts import NEEDED
 from launches import free_port, wait_for, wait_for_lines
+from pictures import EXAMPLE, assert_same, records
 from process_table import alive, children, eventually
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "images"
 LAUNCHER = EXAMPLE / "run_torch_ddp.sh"
 PROMISED = 30.0
 """Seconds in which all have ended after one has."""
@@ -32,35 +31,16 @@ SHORT = ("-e", "2", "-bs", "30", "-lr", "2e-5", "--accelerator", "cpu", "--no-au
 LONG = ("-e", "100000", "-bs", "30", "--accelerator", "cpu")
 
 
-def write_idx(path, array):
-    path.write_bytes(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + array.tobytes())
-
-
 @pytest.fixture(scope="session")
 def clothes(tmp_path_factory):
-    """A folder in the format of Fashion-MNIST, with few images: 100 does not divide by 30."""
-    folder, rng = tmp_path_factory.mktemp("clothes"), np.random.default_rng(0)
-    for part, count in (("train", 100), ("t10k", 33)):
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8)
-        images[np.arange(count), labels + 9] = 255
-        write_idx(folder / f"{part}-images-idx3-ubyte", images)
-        write_idx(folder / f"{part}-labels-idx1-ubyte", labels)
-    return folder
+    """A folder in the format of Fashion-MNIST, with few images."""
+    return pictures.write_clothes(tmp_path_factory.mktemp("clothes"))
 
 
 @pytest.fixture
 def dogs(tmp_path):
     """A folder in the format of Stanford Dogs, with three photographs of each of two breeds."""
-    folder = tmp_path / "dogs"
-    for part, names in (("train", ("a/1.jpg", "a/2.jpg", "b/1.jpg", "b/2.jpg")), ("test", ("a/3.jpg", "b/3.jpg"))):
-        for name in names:
-            path = folder / "Images" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (150, 140), (200, 20, 20) if name[0] == "a" else (20, 20, 200)).save(path)
-        labels = np.array([[1 if name[0] == "a" else 120] for name in names])
-        savemat(folder / f"{part}_list.mat", {"file_list": np.array(names, dtype=object)[:, None], "labels": labels})
-    return folder
+    return pictures.write_dogs(tmp_path / "dogs")
 
 
 @pytest.fixture
@@ -110,6 +90,17 @@ def launch(tmp_path):
             process.wait(10)
 
 
+def code_of(process, seconds=90.0):
+    """Waits for the script; returns its exit code."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        folder = Path(f"/proc/{process.pid}/cwd").readlink()
+        told = [f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("job*"))]
+        tree = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process.pid)]
+        pytest.fail(f"it still runs after {seconds} s: {tree}\n{''.join(told)}")
+
+
 def below(pid):
     """Returns all processes that a process has started, and that they have."""
     return [found for child in children(pid) for found in (child, *below(child))]
@@ -124,22 +115,6 @@ def node(process, rank):
 
 def all_gone(pids):
     return eventually(lambda: not any(alive(pid) for pid in pids))
-
-
-def records(run):
-    """Returns what a run has recorded of its epochs, without what differs from run to run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    kept = ("epoch", "step", "examples", "train_loss", "train_accuracy", "loss", "accuracy")
-    return [{name: line[name] for name in kept} for line in lines]
-
-
-def assert_same(run, expected):
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run, expected))
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
-    for line, wanted in zip(records(run), records(expected), strict=True):
-        assert line == pytest.approx(wanted, rel=0, abs=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +133,7 @@ def one_process(clothes, tmp_path_factory):
 class TestTwoNodes:
     def test_they_end_where_one_process_does(self, launch, clothes, one_process, tmp_path):
         process = launch(clothes, *SHORT)
-        assert process.wait(90) == 0, (tmp_path / "said").read_text()
+        assert code_of(process) == 0, (tmp_path / "said").read_text()
         assert_same(tmp_path / "runs/torch_ddp", one_process)
         logs = [(tmp_path / f"job_torch_ddp_{rank}.log").read_text() for rank in (0, 1)]
         assert "batch: 15 examples a device × 2 devices = 30 a step (ddp, fp32)" in logs[0]
@@ -166,68 +141,61 @@ class TestTwoNodes:
         assert logs[1] == ""
         assert (tmp_path / "said").read_text() == logs[0]
 
-    @pytest.mark.parametrize("what", ["node", "rank"])
-    def test_one_that_is_killed_ends_all(self, launch, clothes, tmp_path, what):
+    def test_one_that_is_killed_ends_the_other(self, launch, clothes, tmp_path):
         process = launch(clothes, *LONG)
         wait_for_lines(tmp_path / "runs/torch_ddp", 1)
-        everyone, victim = below(process.pid), node(process, 1)
-        if what == "rank":
-            (victim,) = children(victim)
-        os.kill(victim, signal.SIGKILL)
-        code = 1 if what == "rank" else 128 + signal.SIGKILL
-        assert process.wait(PROMISED) == code
-        assert (
-            f"run_torch_ddp.sh: node 1 failed with code {code}; its log is job_torch_ddp_1.log"
-            in (tmp_path / "said").read_text()
-        )
+        everyone = below(process.pid)
+        os.kill(node(process, 1), signal.SIGKILL)
+        assert code_of(process, PROMISED) == 128 + signal.SIGKILL
+        told = (tmp_path / "said").read_text()
+        assert "run_torch_ddp.sh: node 1 failed with code 137; its log is job_torch_ddp_1.log" in told
         assert all_gone(everyone)
 
-    def test_ctrl_c_ends_all_and_the_run_can_go_on(self, launch, clothes, tmp_path):
+    def test_ctrl_c_ends_all(self, launch, clothes, tmp_path):
         process = launch(clothes, *LONG)
         wait_for_lines(tmp_path / "runs/torch_ddp", 1)
         everyone = below(process.pid)
         os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(PROMISED) == 128 + signal.SIGINT
+        assert code_of(process, PROMISED) == 128 + signal.SIGINT
         assert "train_torch_ddp.py: rank 0: stopped after step" in (tmp_path / "job_torch_ddp_0.log").read_text()
         assert all_gone(everyone)
-
-    def test_what_a_rank_refuses_is_told_once(self, launch, clothes, tmp_path):
-        process = launch(clothes, *SHORT, "-bs", "31")
-        assert process.wait(PROMISED) == 1
-        told = (tmp_path / "said").read_text()
-        refused = "error: -bs 31 cannot be divided among 2 devices: use -bs 30 or -bs 32"
-        assert f"job_torch_ddp_1.log\ntrain_torch_ddp.py: rank 1: {refused}" in told
-        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
 class TestTwoHosts:
     pytestmark = NEEDED
 
-    def test_they_end_where_one_process_does(self, launch, hosts, clothes, one_process, tmp_path):
-        place = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(free_port())}
-        folders = [tmp_path / f"host-{rank}" for rank in (0, 1)]
-        started = [
-            launch(clothes, *SHORT, host=host, folder=folder, NODE_RANK=str(rank), **place)
-            for rank, (host, folder) in enumerate(zip(hosts, folders, strict=True))
-        ]
-        told = [folder / "said" for folder in folders]
-        assert [process.wait(90) for process in started] == [0, 0], [path.read_text() for path in told]
-        assert_same(folders[0] / "runs/torch_ddp", one_process)
-        assert "2 devices = 30 a step" in told[0].read_text()
-        assert [path.name for path in sorted(folders[1].iterdir())] == ["job_torch_ddp_1.log", "said"]
+    @pytest.fixture
+    def both(self, launch, hosts, tmp_path):
+        """Starts a node on each host; returns the processes and the folders that they run in."""
+        port = str(free_port())
+        folders = [tmp_path / host.name for host in hosts]
 
-    def test_the_other_host_ends_when_one_is_lost(self, launch, hosts, clothes, tmp_path):
-        place = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(free_port())}
-        folders = [tmp_path / f"host-{rank}" for rank in (0, 1)]
-        started = [
-            launch(clothes, *LONG, host=host, folder=folder, NODE_RANK=str(rank), **place)
-            for rank, (host, folder) in enumerate(zip(hosts, folders, strict=True))
-        ]
+        def start(*words):
+            place = {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": port}
+            pairs = enumerate(zip(hosts, folders, strict=True))
+            return [
+                launch(*words, host=host, folder=folder, NODE_RANK=str(rank), **place) for rank, (host, folder) in pairs
+            ]
+
+        return start, folders
+
+    def test_they_end_where_one_process_does(self, both, clothes, one_process):
+        start, folders = both
+        codes = [code_of(process) for process in start(clothes, *SHORT)]
+        told = [(folder / "said").read_text() for folder in folders]
+        assert codes == [0, 0], told
+        assert_same(folders[0] / "runs/torch_ddp", one_process)
+        assert "2 devices = 30 a step" in told[0]
+        assert sorted(path.name for path in folders[1].iterdir()) == ["job_torch_ddp_1.log", "said"]
+
+    def test_the_other_host_ends_when_one_is_lost(self, both, hosts, clothes):
+        start, folders = both
+        left, _ = start(clothes, *LONG)
         wait_for_lines(folders[0] / "runs/torch_ddp", 1)
         hosts[1].kill()
-        assert started[0].wait(PROMISED) == 1
-        assert "train_torch_ddp.py: rank 0: error: another rank is gone" in (folders[0] / "said").read_text()
+        assert code_of(left, PROMISED) == 1
+        assert "\ntrain_torch_ddp.py: rank 0: error: another rank is gone" in (folders[0] / "said").read_text()
 
 
 FAKE = """#!/usr/bin/env bash
@@ -274,13 +242,16 @@ class TestTheLauncher:
 
     @pytest.mark.parametrize("failed", [0, 1])
     def test_a_failure_of_either_is_returned_when_the_other_has_ended(self, launch, fake, tmp_path, failed):
-        ends = {f"NODE_{failed}": "echo train_torch_ddp.py: error: reason; exit 7", f"NODE_{1 - failed}": "sleep 60"}
+        ends = {
+            f"NODE_{failed}": "echo train_torch_ddp.py: rank 3: error: x; exit 7",
+            f"NODE_{1 - failed}": "sleep 60",
+        }
         process = launch(CUDA_VISIBLE_DEVICES="", **ends, **fake)
         wait_for(lambda: len(below(process.pid)) > 1)
         everyone = below(process.pid)
-        assert process.wait(PROMISED) == 7
+        assert code_of(process, PROMISED) == 7
         told = f"run_torch_ddp.sh: node {failed} failed with code 7; its log is job_torch_ddp_{failed}.log\n"
-        assert told + "train_torch_ddp.py: error: reason\n" in (tmp_path / "said").read_text()
+        assert told + "train_torch_ddp.py: rank 3: error: x\n" in (tmp_path / "said").read_text()
         assert all_gone(everyone)
 
     def test_it_waits_for_both(self, launch, fake):
@@ -293,7 +264,7 @@ class TestTheLauncher:
         wait_for(lambda: (tmp_path / "said").exists() and "|" in (tmp_path / "said").read_text())
         everyone = below(process.pid)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(PROMISED) == 128 + signal.SIGTERM
+        assert code_of(process, PROMISED) == 128 + signal.SIGTERM
         assert all_gone(everyone)
 
     @pytest.mark.parametrize(
@@ -324,12 +295,19 @@ def test_dogs_are_read_from_their_folder(run_here, dogs, capsys):
     assert [array.shape[0] for array in weights.values()][-1] == 120
 
 
-@pytest.mark.parametrize("count", [None, 20])
-def test_a_run_goes_on_where_it_stopped(run_here, clothes, count):
-    subset = () if count is None else ("--subset", count)
-    words = (clothes, *subset, "-bs", "16", "--accelerator", "cpu", "--run-dir")
-    assert run_here("train_torch_ddp.py", *words, "whole", "-e", "2") == 0
-    assert records(Path("whole"))[-1]["examples"] == (count or 100)
+def test_a_run_that_was_stopped_goes_on_exactly(run_here, clothes, monkeypatch, capsys):
+    words = (clothes, "-e", "2", "-bs", "16", "--subset", "40", "--accelerator", "cpu", "--run-dir")
+    assert run_here("train_torch_ddp.py", *words, "whole") == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(shoal.TrainingProgress, "on_epoch_end", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run_here("train_torch_ddp.py", *words, "parts") == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "train_torch_ddp.py: stopped after step 3; the state is saved in parts\n"
+    assert run_here("train_torch_ddp.py", *words, "parts", "--resume") == 0
+    assert records(Path("parts")) == records(Path("whole"))
+    assert records(Path("whole"))[0]["examples"] == 40
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in ("parts", "whole"))
+    for name in theirs:
+        np.testing.assert_array_equal(ours[name], theirs[name])
 
 
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").exists(), reason="no dataset-fashion-mnist")
