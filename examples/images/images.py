@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -23,8 +24,11 @@ from shoal.data import Dataset, Subset
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, ShoalError
 
+DOGS = ("Images", "train_list.mat", "test_list.mat")
+"""What a folder of Stanford Dogs holds."""
+
 SIZE = 128
-"""Height and width of the photographs."""
+"""Height and width of their photographs."""
 
 STRENGTH = 0.2
 """How far brightness and contrast are changed at most."""
@@ -90,7 +94,7 @@ def told_in_one_line(place: Launched | None = None) -> Iterator[None]:
         print(f"{who}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
     except KeyboardInterrupt as interrupt:
-        print(f"{who}: {interrupt or 'stopped before the first step'}", file=sys.stderr)
+        print(f"{who}: {str(interrupt) or 'stopped before the first step'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -106,7 +110,7 @@ class Augment(nn.Module):
         """Returns images [n, 3, height, width] in 0 to 1."""
         if not self.training:
             return images
-        flip, brightness, contrast = torch.rand(3, len(images), 1, 1, 1, device=images.device)
+        flip, brightness, contrast = torch.rand(3, len(images), 1, 1, 1, device=images.device).unbind()
         images = torch.where(flip < 0.5, images.flip(3), images)
         middle = images.mean((1, 2, 3), keepdim=True)
         stretched = middle + (images - middle) * (1 + STRENGTH * (2 * contrast - 1))
@@ -150,21 +154,38 @@ class ResNet(nn.Sequential):
         super().__init__(*([Augment()] if augment else []), *layers, *head)
 
 
-def load(folder: Path | None) -> tuple[str, Dataset, Dataset]:
-    """Returns what was found, and the images to train on and to test with.
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """What to train on."""
+
+    told: str
+    """Says in a line what it is."""
+    train: Dataset
+    test: Dataset
+    classes: int
+    size: int
+    """Height and width."""
+    in_files: bool
+    """Whether each image is decoded from its file when it is needed, or all are in memory."""
+
+
+def load(folder: Path | None) -> Images:
+    """Returns Stanford Dogs where the folder holds them, else Fashion-MNIST.
 
     Raises:
         ConfigurationError: There is no such folder.
         DataError: Some file is missing or damaged.
     """
-    if folder is None:
-        return "no datadir", *shoal.data.fashion_mnist()
-    if not folder.is_dir():
+    if folder is not None and not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}: leave it out to train on Fashion-MNIST")
-    if any((folder / name).exists() for name in ("Images", "train_list.mat", "test_list.mat")):
-        return f"Stanford Dogs in {folder}", *shoal.data.stanford_dogs(data_dir=folder, size=SIZE)
-    has_files = any(folder.glob("t*-ubyte*"))
-    return f"no Stanford Dogs in {folder}", *shoal.data.fashion_mnist(data_dir=folder if has_files else None)
+    if folder is not None and any((folder / name).exists() for name in DOGS):
+        train, test = shoal.data.stanford_dogs(data_dir=folder, size=SIZE)
+        return Images(told=f"Stanford Dogs in {folder}", train=train, test=test, classes=120, size=SIZE, in_files=True)
+    own = folder if folder is not None and any(folder.glob("t*-ubyte*")) else None
+    clothes = shoal.data.fashion_mnist(data_dir=own)
+    missed = "no datadir" if folder is None else f"no Stanford Dogs in {folder}"
+    told = f"{missed}: training on Fashion-MNIST"
+    return Images(told=told, train=clothes[0], test=clothes[1], classes=10, size=28, in_files=False)
 
 
 def drawn(data: Dataset, count: int | None, seed: int) -> Dataset:
@@ -201,27 +222,25 @@ def train(arguments: argparse.Namespace, devices: shoal.Devices, count: int, pla
     """
     started = time.perf_counter()
     batch_size = per_device(arguments.batch_size, count)
-    found, whole, held_out = load(arguments.datadir)
+    images = load(arguments.datadir)
     leads = place is None or place.rank == 0
-    from_files = found.startswith("Stanford")
     if leads:
-        print(found if from_files else f"{found}: training on Fashion-MNIST", flush=True)
-    size = whole.take(np.arange(1))[0].shape[-1]
+        print(images.told, flush=True)
     learner = shoal.TorchLearner(
-        partial(ResNet, size=size, classes=whole.classes, augment=arguments.augment),
+        partial(ResNet, size=images.size, classes=images.classes, augment=arguments.augment),
         loss=F.cross_entropy,
         optimizer=partial(torch.optim.Adam, lr=arguments.learning_rate),
         batch_size=batch_size,
         train_metrics=True,
         transform=as_colours,
-        workers=readers(place) if from_files else 0,
+        workers=readers(place) if images.in_files else 0,
     )
     shoal.train(
         learner,
-        drawn(whole, arguments.subset, arguments.seed),
+        drawn(images.train, arguments.subset, arguments.seed),
         epochs=arguments.epochs,
         devices=devices,
-        evaluate=drawn(held_out, arguments.subset, arguments.seed),
+        evaluate=drawn(images.test, arguments.subset, arguments.seed),
         seed=arguments.seed,
         name="images",
         run_dir=arguments.run_dir,

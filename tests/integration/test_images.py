@@ -310,6 +310,12 @@ def test_a_run_that_was_stopped_goes_on_exactly(run_here, clothes, monkeypatch, 
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
+def test_ctrl_c_before_the_first_step_is_one_line_too(run_here, clothes, monkeypatch, capsys):
+    monkeypatch.setattr(shoal.data, "fashion_mnist", lambda **_: signal.raise_signal(signal.SIGINT))
+    assert run_here("train_torch_ddp.py", clothes, "--accelerator", "cpu") == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "train_torch_ddp.py: stopped before the first step\n"
+
+
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").exists(), reason="no dataset-fashion-mnist")
 def test_without_a_folder_it_is_fashion_mnist(run_here, tmp_path, capsys):
     words = ("-e", "1", "-bs", "64", "--subset", "64", "--accelerator", "cpu")
