@@ -9,11 +9,12 @@
 set -uo pipefail
 set -m  # each node in a process group of its own, which hears Ctrl-C from here only
 
-GRACE=5   # seconds in which the other nodes may notice by themselves that one has failed
-KILL=10   # seconds from the request to end until what is left is killed
+MEETING=300  # seconds in which all nodes must have come
+GRACE=5      # seconds in which the other nodes may notice by themselves that one has failed
+KILL=10      # seconds from the request to end until what is left is killed
 
 refuse() { echo "${0##*/}: error: $*" >&2; exit 2; }
-is_number() { [[ $1 =~ ^[0-9]+$ ]]; }
+is_number() { [[ $1 =~ ^(0|[1-9][0-9]*)$ ]]; }
 
 python=${PYTHON:-python3} script=$(dirname "$0")/train_torch_ddp.py
 nnodes=${NNODES:-2}
@@ -65,6 +66,8 @@ cores=$(nproc)
 threads=$((cores / (nproc * ${#here[@]})))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 1 ? threads : 1))} PYTHONUNBUFFERED=1
 
+log_of() { echo "job_torch_ddp_$1.log"; }
+
 start() {  # PLACE ARGUMENTS: starts the node at that place among those on this machine
   local rank=${here[$1]} visible=()
   : >"$(log_of "$rank")" || refuse "this folder cannot be written, and the logs are for it"
@@ -72,11 +75,9 @@ start() {  # PLACE ARGUMENTS: starts the node at that place among those on this 
   # Whoever has started a process may be killed, and it is to end then too.
   setpriv --pdeathsig TERM env "${visible[@]}" "$python" -m torch.distributed.run \
     --nnodes="$nnodes" --node-rank="$rank" --nproc-per-node="$nproc" --master-addr="$MASTER_ADDR" --master-port="$port" \
-    --no-python setpriv --pdeathsig KILL "$python" "$script" "${@:2}" >"$(log_of "$rank")" 2>&1 &
+    --rdzv-conf="timeout=$MEETING" --no-python setpriv --pdeathsig KILL "$python" "$script" "${@:2}" >"$(log_of "$rank")" 2>&1 &
   left[$!]=$rank first=${first:-$!}
 }
-
-log_of() { echo "job_torch_ddp_$1.log"; }
 
 wait_for_the_others() {  # SECONDS
   local pid until=$((SECONDS + $1))
@@ -92,8 +93,10 @@ end_the_others() {  # SIGNAL
 }
 
 tell_failure() {  # RANK CODE
-  local told="${0##*/}: node $1 failed with code $2; its log is $(log_of "$1")"
-  printf '%s\n' "$told" "$(grep -m 1 "^${script##*/}: .*error: " "$(log_of "$1")")" | sed '/^$/d' >&3
+  local log why
+  log=$(log_of "$1")
+  why=$(grep -m 1 "^${script##*/}: .*error: " "$log") || why=$(grep -v '^[=-]*$' "$log" | tail -n 1)
+  printf '%s\n' "${0##*/}: node $1 failed with code $2; its log is $log" ${why:+"$why"} >&3
 }
 
 declare -A left  # the ranks of the nodes that run, by their processes

@@ -240,18 +240,21 @@ class TestTheLauncher:
         assert not (tmp_path / "job_torch_ddp_0.log").exists()
         assert (tmp_path / "said").read_text() == (tmp_path / "job_torch_ddp_2.log").read_text()
 
-    @pytest.mark.parametrize("failed", [0, 1])
-    def test_a_failure_of_either_is_returned_when_the_other_has_ended(self, launch, fake, tmp_path, failed):
-        ends = {
-            f"NODE_{failed}": "echo train_torch_ddp.py: rank 3: error: x; exit 7",
-            f"NODE_{1 - failed}": "sleep 60",
-        }
+    @pytest.mark.parametrize(
+        ("failed", "says", "told"),
+        [
+            (0, "echo train_torch_ddp.py: rank 3: error: why; echo more", "train_torch_ddp.py: rank 3: error: why\n"),
+            (1, "echo 'SomeError: why'; echo ====", "SomeError: why\n"),
+        ],
+    )
+    def test_a_failure_of_either_is_returned_when_the_other_has_ended(self, launch, fake, tmp_path, failed, says, told):
+        ends = {f"NODE_{failed}": f"{says}; exit 7", f"NODE_{1 - failed}": "sleep 60"}
         process = launch(CUDA_VISIBLE_DEVICES="", **ends, **fake)
         wait_for(lambda: len(below(process.pid)) > 1)
         everyone = below(process.pid)
         assert code_of(process, PROMISED) == 7
-        told = f"run_torch_ddp.sh: node {failed} failed with code 7; its log is job_torch_ddp_{failed}.log\n"
-        assert told + "train_torch_ddp.py: rank 3: error: x\n" in (tmp_path / "said").read_text()
+        first = f"run_torch_ddp.sh: node {failed} failed with code 7; its log is job_torch_ddp_{failed}.log\n"
+        assert first + told in (tmp_path / "said").read_text()
         assert all_gone(everyone)
 
     def test_it_waits_for_both(self, launch, fake):
