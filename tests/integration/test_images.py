@@ -90,7 +90,7 @@ def launch(tmp_path):
             process.wait(10)
 
 
-def code_of(process, seconds=90.0):
+def code_of(process, seconds=150.0):
     """Waits for the script; returns its exit code."""
     try:
         return process.wait(seconds)
