@@ -111,6 +111,12 @@ class Experiment:
     def _check_kinds(self) -> None:
         if isinstance(self.learner, type) or not isinstance(self.learner, Learner):
             raise ConfigurationError(f"learner must be a learner such as shoal.TorchLearner, not {self.learner!r}")
+        strategy = self.learner.devices.strategy
+        if strategy != "single":
+            raise ConfigurationError(
+                f"a federation's clients train on one device each, and the learner asks for strategy {strategy!r}: "
+                "use Devices('single'), and `shoal federate --workers N` or torchrun for several devices"
+            )
         if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ConfigurationError(f"algorithm must be one such as shoal.FedAvg(), not {self.algorithm!r}")
         measured = self.evaluate is not None or self.client_validation > 0

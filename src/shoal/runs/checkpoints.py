@@ -24,6 +24,7 @@ FORMAT = 1
 TENSORS = "state.safetensors"
 DESCRIPTION = "state.json"
 UNFINISHED = ".writing-"
+LATEST, BEST = "latest", "best"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +42,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run: the latest few, and the best.
+    """The checkpoints of a run: the latest few, and the best. Links of these names lead to them.
 
     Args:
         folder: Where they are; it need not exist.
@@ -93,6 +94,9 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
         self._prune()
+        self._point(LATEST, number)
+        if best is not None:
+            self._point(BEST, best)
 
     def load(self, number: int) -> Checkpoint:
         """Reads one checkpoint.
@@ -134,11 +138,22 @@ class Checkpoints:
             self._remove(self._path(later))
         for leftover in self._folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(leftover)
+        for name in (LATEST, BEST):
+            if (link := self._folder / name).is_symlink() and not link.exists():
+                link.unlink()
 
     def numbers(self) -> list[int]:
         """Returns the rounds or steps that there are checkpoints of, ascending."""
         names = [path.name.partition("-")[2] for path in self._folder.glob(f"{self._unit}-*")]
         return sorted(int(name) for name in names if name.isdigit())
+
+    def _point(self, name: str, number: int) -> None:
+        """Lets a name lead to a checkpoint, for people: what is loaded is found by number."""
+        temporary = self._folder / temporary_name(name)
+        with contextlib.suppress(OSError):  # a disk without links does without
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self._path(number).name)
+            temporary.rename(self._folder / name)
 
     def _prune(self) -> None:
         numbers = self.numbers()

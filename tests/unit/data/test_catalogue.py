@@ -156,6 +156,7 @@ def test_fashion_mnist_is_read_from_its_original_files(tmp_path, zipped):
     assert np.array_equal(train.inputs[:, 0], rng.integers(256, size=(6, 28, 28)))
     assert train.targets().tolist() == rng.integers(10, size=6).tolist()
     assert (train.inputs.dtype, train.targets().dtype, train.classes) == (np.uint8, np.int64, 10)
+    assert train.inputs.flags.writeable  # else they would not stay on a GPU
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,7 @@ def test_a_diverging_run_keeps_the_last_good_model(memory, tmp_path):
         ),
         ({"learner": 3}, ConfigurationError, "learner must be a learner"),
         ({"algorithm": shoal.FedAvg}, ConfigurationError, "algorithm must be one such as"),
+        ({"learner": learner(devices=shoal.Devices("ddp"))}, ConfigurationError, "asks for strategy 'ddp'"),
         ({"clients": samples(9)}, ConfigurationError, "clients must be a Population or a sequence"),
         ({"evaluate": 3}, ConfigurationError, "int is no data set"),
     ],

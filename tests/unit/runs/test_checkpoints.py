@@ -72,6 +72,13 @@ def test_the_best_that_an_older_one_would_need_is_kept_too(tmp_path):
     assert checkpoints.load(2).meta == {"number": 2}
 
 
+def test_latest_and_best_lead_to_checkpoints(tmp_path):
+    saved(tmp_path, range(1, 9), bests=dict.fromkeys(range(3, 9), 3))
+    assert (tmp_path / "latest").resolve() == tmp_path / "round-000008"
+    assert (tmp_path / "best" / "state.json").is_file()
+    assert (tmp_path / "best").resolve() == tmp_path / "round-000003"
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-10])
 
@@ -130,7 +137,9 @@ def test_what_a_crash_left_unfinished_is_removed(tmp_path):
     (leftover / "state.safetensors").write_bytes(b"half")
     assert checkpoints.load_latest().number == 1
     checkpoints.discard_after(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["round-000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "round-000001"]
+    checkpoints.discard_after(0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def save_for_ever(folder, first):

@@ -73,7 +73,8 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     shape = tuple(np.frombuffer(raw[4:head], dtype=">u4").tolist())
     if len(raw) - head != np.prod(shape):
         raise DataError(f"{path} is damaged: {len(raw) - head} bytes for an array of shape {shape}")
-    return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape)
+    # A copy, because torch keeps only arrays on a device that may be written.
+    return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape).copy()
 
 
 def _find(name: str, folders: list[Path]) -> Path:
