@@ -17,6 +17,12 @@ from shoal.errors import ConfigurationError
 SAMPLES = 128
 """Samples of a window."""
 
+STILL = 1e-2
+"""A deviation, as a share of the usual one, that is as good as none."""
+
+WEIGHT = 3.0
+"""What the statistics of a window are multiplied with, lest the head overlooks them among the many other features."""
+
 
 class PatchEncoder(nn.Module):
     """A transformer over pieces of a window (Dosovitskiy et al. 2021, in one dimension); the mean over its pieces.
@@ -60,30 +66,38 @@ class PatchEncoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Three convolutions, each followed by a normalisation, a rectifier and pooling by two.
+    """Three convolutions, the mean and the largest of what each channel gives over time, and two statistics.
 
-    The normalisation is over groups of channels of one window, not over a batch: so what a window gives does not depend
-    on the others in its batch, and any number of devices computes the same.
+    Each convolution is followed by a normalisation over groups of channels of one window, not over a batch: so what a
+    window gives does not depend on the others in its batch, and any number of devices computes the same. It also takes
+    away how much a window moves, and people who sit differ from people who stand by little else. So each signal's mean
+    and the logarithm of its deviation go around the convolutions.
 
     Args:
         channels: Signals of a window.
+        dropout: Of what the convolutions give.
         width: Channels after the first convolution; twice as many after the others; a multiple of 8.
     """
 
-    def __init__(self, channels: int, *, width: int = 32) -> None:
+    def __init__(self, channels: int, *, dropout: float, width: int = 32) -> None:
         super().__init__()
         widths = (channels, width, 2 * width, 2 * width)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv1d(before, after, 5, padding=2), nn.GroupNorm(8, after), nn.ReLU(), nn.MaxPool1d(2)]
-        self.layers = nn.Sequential(*layers, nn.Flatten())
-        self.features = widths[-1] * SAMPLES // 8
+        self.layers = nn.Sequential(*layers)
+        self.dropout = nn.Dropout(dropout)
+        self.features = 2 * widths[-1] + 2 * channels
         """Numbers that describe a window."""
 
     def forward(self, signals: Tensor) -> Tensor:
         """Returns features [n, features] of windows [n, channels, 128]."""
-        features: Tensor = self.layers(signals)
-        return features
+        found = self.layers(signals)
+        deviation, mean = torch.std_mean(signals, dim=2)
+        around = torch.cat([mean, torch.log(deviation + STILL)], dim=1)
+        return torch.cat(
+            [self.dropout(torch.cat([found.mean(dim=2), found.amax(dim=2)], dim=1)), WEIGHT * around], dim=1
+        )
 
 
 class Classifier(nn.Module):
@@ -142,7 +156,7 @@ def classifier(
         channels: Signals of a window.
         classes: How many activities there are.
         hidden: Sizes of the head's hidden layers.
-        dropout: In the head, and in the transformer.
+        dropout: In the encoder and in the head.
         frozen: Whether the encoder stays as it is.
         weights: A file with the encoder's weights; None for random ones.
         vit: Sizes of :class:`PatchEncoder`.
@@ -150,7 +164,9 @@ def classifier(
     Raises:
         ConfigurationError: The sizes do not fit each other, or the weights the encoder.
     """
-    encoder = PatchEncoder(channels, dropout=dropout, **vit) if kind == "vit" else ConvEncoder(channels)
+    encoder = (
+        PatchEncoder(channels, dropout=dropout, **vit) if kind == "vit" else ConvEncoder(channels, dropout=dropout)
+    )
     if weights is not None:
         load_encoder(encoder, weights)
     return Classifier(encoder, hidden=hidden, dropout=dropout, classes=classes, frozen=frozen)

@@ -94,7 +94,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--hidden-dims", type=positive, nargs="+", default=[512], metavar="N", help="hidden layers of the head"
     )
-    group.add_argument("--dropout", type=share, default=0.1, help="in the head and in the vit")
+    group.add_argument("--dropout", type=share, default=0.1, help="in the encoder and in the head")
     group.add_argument("--vit-patch", type=positive, default=8, metavar="N", help="samples of a patch")
     group.add_argument("--vit-dim", type=positive, default=128, metavar="N", help="features of a patch")
     group.add_argument("--vit-depth", type=positive, default=4, metavar="N", help="layers")

@@ -78,6 +78,7 @@ def train(asked: argparse.Namespace, place: Launched | None) -> None:
         name=f"human activity, {asked.encoder}, {asked.mode}",
         run_dir=asked.save_dir,
         resume=asked.resume,
+        metric="loss",  # the accuracy on three people is soon as high as it gets
         patience=asked.early_stopping_patience or None,
         log_every=asked.log_interval,
         callbacks=[shoal.TrainingProgress()],
