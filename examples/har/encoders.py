@@ -189,7 +189,7 @@ def load_encoder(encoder: nn.Module, path: Path) -> None:
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise ConfigurationError(
-                f"--encoder-path {path} holds another encoder: {name} is {there.get(name, 'not there')}, and "
-                f"{here.get(name, 'not here')} here: give the --encoder, --mode and --vit-… that it was made with"
+                f"--encoder-path {path} holds another encoder: {name} is {there.get(name, 'missing')} there and "
+                f"{here.get(name, 'missing')} here; give the --encoder, --mode and --vit-… that it was made with"
             )
     encoder.load_state_dict(found)
