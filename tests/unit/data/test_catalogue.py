@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import http.server
@@ -8,6 +9,7 @@ import pickle
 import tarfile
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,6 +67,21 @@ def test_a_file_is_fetched_once(tmp_path):
             assert fetch(url, tmp_path / "new" / "file.bin", md5=MD5).read_bytes() == CONTENT
     assert asked == [None]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file.bin"]
+
+
+def test_several_at_once_fetch_it_once(tmp_path):
+    with serving() as (url, asked), ThreadPoolExecutor(4) as pool:
+        waits = [pool.submit(fetch, url, tmp_path / "file.bin", md5=MD5, timeout=5) for _ in range(4)]
+        assert [wait.result(timeout=20).read_bytes() for wait in waits] == [CONTENT] * 4
+    assert asked == [None]
+    assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
+
+
+def test_nobody_waits_for_ever_for_another_that_fetches_it(tmp_path):
+    with (tmp_path / "file.bin.part.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"another process is at it, and has made no progress for 0.4 seconds"):
+            fetch("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", md5=MD5, timeout=0.2)
 
 
 @pytest.mark.parametrize("ranges", [True, False])

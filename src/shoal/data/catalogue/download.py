@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
 import os
 import shutil
+import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from shoal.errors import DataError
 
@@ -44,18 +49,51 @@ def fetch(url: str, target: Path, *, md5: str | None, timeout: float = TIMEOUT) 
     part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _download(url, part, timeout)
-        fault = _fault(part, md5)
+        with _alone(part, timeout):
+            if target.exists():  # another process has fetched it in the meantime
+                return target
+            _download(url, part, timeout)
+            fault = _fault(part, md5)
+            if fault is None:
+                with part.open("rb") as stream:
+                    os.fsync(stream.fileno())
+                part.rename(target)
+                return target
+            part.unlink()
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise DataError(f"{target.name} cannot be downloaded ({reason}); put it into {target.parent}") from error
-    if fault is not None:
-        part.unlink()
-        raise DataError(f"{url} gave a file {fault}; it was removed: get it elsewhere, or try again")
-    with part.open("rb") as stream:
-        os.fsync(stream.fileno())
-    part.rename(target)
-    return target
+    raise DataError(f"{url} gave a file {fault}; it was removed: get it elsewhere, or try again")
+
+
+@contextmanager
+def _alone(part: Path, timeout: float) -> Iterator[None]:
+    """Waits while another process fetches the same file, such as another rank, for as long as its part grows.
+
+    Raises:
+        TimeoutError: It has not grown for twice the time-out.
+    """
+    with part.with_name(part.name + ".lock").open("w") as lock:
+        size, seen = -1, time.monotonic()
+        while not _locked(lock):
+            now = part.stat().st_size if part.exists() else 0
+            if now != size:
+                size, seen = now, time.monotonic()
+            if time.monotonic() - seen > 2 * timeout:
+                raise TimeoutError(f"another process is at it, and has made no progress for {2 * timeout:g} seconds")
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def _locked(stream: IO[str]) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def file_md5(path: Path) -> str:
