@@ -237,8 +237,9 @@ class TorchTraining:
             if not self._learner.classifies(output, targets) or output.ndim != 2:
                 return None
             classes = output.shape[1]
-            cells = (targets.long() * classes + output.argmax(1))[: count or 0]
-            found = torch.bincount(cells, minlength=classes * classes)
+            labels, taken = targets[:count].long(), output[:count].argmax(1)
+            known = labels >= 0  # below are those that the loss leaves out
+            found = torch.bincount((labels * classes + taken)[known], minlength=classes * classes)
             total = found if total is None else total + found
         if total is None:
             return None
