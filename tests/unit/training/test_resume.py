@@ -256,7 +256,6 @@ class TestWhatMayChange:
             ({"more": {"clip_norm": 0.6}}, "learner.clip_norm: 0.5 there, 0.6 here"),
             ({"more": {"schedule": shoal.WarmupCosine(warmup_epochs=1)}}, "schedule"),
         ],
-        ids=str,
     )
     def test_what_decides_the_numbers_may_not(self, settings, message, tmp_path):
         stopped(tmp_path / "run", after=2 * 13)
