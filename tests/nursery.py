@@ -24,6 +24,7 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 PRELOADED = (
     "federations",
     "plotly.graph_objects",
+    "rank_trainings",
     "safetensors.numpy",
     "shoal.cli.main",
     "shoal.engines.torch_group",

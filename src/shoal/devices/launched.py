@@ -72,7 +72,7 @@ class Launched:
                 address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
                 port=int(environment.get("MASTER_PORT") or PORTS[(job * 7 + step) % len(PORTS)]),
             )
-        except (KeyError, ValueError) as error:
+        except (LookupError, ValueError) as error:
             raise ConfigurationError(
                 f"Slurm's environment is incomplete: {error}; start the ranks with srun"
             ) from error
@@ -80,10 +80,10 @@ class Launched:
 
 def _first_host(nodes: str) -> str:
     """Returns the first host of Slurm's short form: ``gpu[07-09,12],cpu1`` begins with ``gpu07``."""
-    found = re.match(r"([^,\[]+)(?:\[(\w+))?", nodes)
+    found = re.match(r"(?:[^,\[\]]|\[\w[^\]]*\])+", nodes)
     if found is None:
         raise ValueError(f"no host in {nodes!r}")
-    return found[1] + (found[2] or "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])  # as in rack[0-7]node[01-16], of each range its first
 
 
 def _tasks_here(counts: str, node: int) -> int:

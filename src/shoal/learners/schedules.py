@@ -30,8 +30,8 @@ class WarmupCosine:
     """The factor at the end, in [0, 1]."""
 
     def __post_init__(self) -> None:
-        if not self.warmup_epochs >= 0:
-            raise ConfigurationError(f"warmup_epochs must be ≥ 0, not {self.warmup_epochs}")
+        if not (self.warmup_epochs >= 0 and math.isfinite(self.warmup_epochs)):
+            raise ConfigurationError(f"warmup_epochs must be a number ≥ 0, not {self.warmup_epochs}")
         if not 0 <= self.floor <= 1:
             raise ConfigurationError(f"the floor of a schedule must be in [0, 1], not {self.floor}")
 

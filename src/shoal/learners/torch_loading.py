@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -49,9 +51,18 @@ def training_batches(
         num_workers=workers,
         prefetch_factor=AHEAD,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_end_with_parent,
         generator=torch.Generator().manual_seed(0),  # the processes' seeds are not to be drawn from the caller's
     )
     return ahead(loader, device)
+
+
+def _end_with_parent(_number: int) -> None:
+    """Leaves Ctrl-C to the process that trains, and ends when that ends, however: its run folder is free then."""
+    parent_death_signal = 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(parent_death_signal, ctypes.c_ulong(signal.SIGKILL))
 
 
 class _Batches(TorchDataset[Pair]):

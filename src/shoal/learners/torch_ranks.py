@@ -7,13 +7,20 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import HashStore  # type: ignore[attr-defined] # no stub says it is public
+from torch.distributed import (  # type: ignore[attr-defined] # no stub says they are public
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 from shoal.devices import Devices, Launched
 from shoal.errors import ConfigurationError, WorkerError
@@ -25,6 +32,10 @@ PATIENCE = datetime.timedelta(minutes=10)
 
 EXCHANGES = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting")
 """What is in the messages of torch's errors that come from other ranks."""
+
+
+_trainings = count()
+"""Numbers this process's trainings; all ranks run the same ones in one order."""
 
 
 class Ranks:
@@ -110,6 +121,15 @@ class Ranks:
             dist.broadcast(sent.view(-1).view(torch.uint8) if sent.numel() else sent, 0)
         return sent.cpu()
 
+    @torch.no_grad()
+    def align(self, tensor: Tensor) -> None:
+        """Copies rank 0's tensor to every rank's.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        tensor.copy_(self._from_leader(tensor))
+
     def wait(self) -> None:
         """Returns when all ranks have come here.
 
@@ -178,7 +198,7 @@ def _begin(place: Launched, device: torch.device) -> None:
         with gloo_over(interface_towards(place.address, place.port)):
             dist.init_process_group(
                 backend,
-                init_method="env://" if _by_agent() else f"tcp://{place.address}:{place.port}",
+                store=_meeting_place(place),
                 rank=place.rank,
                 world_size=place.count,
                 timeout=PATIENCE,
@@ -190,9 +210,22 @@ def _begin(place: Launched, device: torch.device) -> None:
         ) from error
 
 
-def _by_agent() -> bool:
-    """Tells whether torchrun holds the place where the ranks meet."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+def _meeting_place(place: Launched) -> Store:
+    """Returns the store in which the ranks find each other for one training.
+
+    It stays from one training to the next, because a rank may begin that while another still ends the last; and each
+    has a part of its own there, as it has after torchrun has started the ranks again.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"shoal-training-{restart}-{next(_trainings)}", _kept_store(place))
+
+
+@cache
+def _kept_store(place: Launched) -> Store:
+    keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun itself does
+    return TCPStore(
+        place.address, place.port, is_master=keeps, timeout=PATIENCE, wait_for_workers=False, multi_tenant=keeps
+    )
 
 
 @contextmanager

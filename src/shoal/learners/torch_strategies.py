@@ -36,6 +36,10 @@ class SpreadModel:
         self.call: Callable[[Any], Any] = resident.call
         """Runs the module on a batch, for training."""
         self._evaluating: Callable[[Any], Any] = resident.call
+        self.close: Callable[[], None] = lambda: None
+        """Lets go of the ranks' group, as must be done before that ends; there are no more steps then."""
+        self.drop_gathered: Callable[[], None] = lambda: None
+        """Has each part of the module gathered anew when it is called next: its parameters were written to."""
         self._sync: Callable[[bool], contextlib.AbstractContextManager[object]] = lambda _: contextlib.nullcontext()
         if devices.strategy == "dp":
             ids = list(cuda_ids(devices, torch.cuda.device_count()))
@@ -70,7 +74,12 @@ class SpreadModel:
         def sync(last: bool) -> contextlib.AbstractContextManager[object]:
             return contextlib.nullcontext() if last else copied.no_sync()
 
-        self._sync = sync
+        def close() -> None:
+            # Were they the last to hold the group, torch would wait for its threads with Python's lock held, and those
+            # may wait for the lock.
+            del copied.reducer, copied.logger
+
+        self._sync, self.close = sync, close
 
     def _divide(self, resident: ResidentModel, ranks: Ranks) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -90,7 +99,12 @@ class SpreadModel:
             divided.set_requires_gradient_sync(last)
             yield
 
-        self._sync = sync
+        def drop_gathered() -> None:
+            for part in self.module.modules():
+                if isinstance(part, FSDPModule):
+                    part.reshard()
+
+        self._sync, self.drop_gathered = sync, drop_gathered
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -37,5 +37,8 @@ class Tally:
 
 
 def mean(values: Iterable[float], examples: Sequence[int]) -> float:
-    """Returns the mean over all examples, from the means over batches; their order makes no difference."""
-    return math.fsum(value * count for value, count in zip(values, examples, strict=True)) / sum(examples)
+    """Returns the mean over all examples, from the means over batches; their order makes no difference.
+
+    A batch of no examples has no part in it, whatever its mean.
+    """
+    return math.fsum(value * count for value, count in zip(values, examples, strict=True) if count) / sum(examples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -103,20 +103,17 @@ class TorchTraining:
         self.model_bytes = nbytes(resident.state().merged())
         """The size of the whole model."""
         check_strategy(devices, learner.device, resident.module, resident.params)
+        if ranks.count > 1:
+            _check_optimizer(learner.optimizer(list(resident.params.values())))
         self._model = SpreadModel(resident, devices, ranks)
         self._optimizer = learner.optimizer(list(self._model.params.values()))
         if scale_lr:
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * (self.batching.effective / self.batching.per_device)
-        if ranks.count > 1 and needs_closure(self._optimizer):
-            raise ConfigurationError(
-                f"{type(self._optimizer).__name__} searches along a line by itself, which several ranks would do "
-                "each in its own way: use one device, or another optimizer"
-            )
         scales = devices.precision == "fp16"
         self._scaler = torch.amp.GradScaler(learner.device.type) if scales else None
         self._stepper = Stepper(learner, self._model, self._optimizer, None, self._scaler)
-        self._epoch: Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]] | None = None
+        self._epoch: Generator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]] | None = None
         self._usage = Usage(learner.device)
 
     def advance(self, until: int, stop: Callable[[], bool] = never) -> tuple[dict[str, float], int]:
@@ -142,13 +139,18 @@ class TorchTraining:
                 self._take(parts, batches, tally)
                 self.step += 1
                 if self.step % self.steps_per_epoch == 0:
-                    self._epoch = None
+                    self._end_epoch()
                     break
                 if stop():
                     break
             means, examples = self._over_ranks(tally)
         self._usage.look()
         return means, examples
+
+    def _end_epoch(self) -> None:
+        if self._epoch is not None:
+            self._epoch.close()
+            self._epoch = None
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
         learner = self._learner
@@ -161,7 +163,7 @@ class TorchTraining:
         for part, means in zip(parts, self._stepper.take(taken), strict=True):
             tally.add(means, part.count)
 
-    def _open_epoch(self) -> Iterator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]]:
+    def _open_epoch(self) -> Generator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]]:
         """Yields what is left of the epoch: each step's pieces of this rank, and their samples."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
         size, ranks, total = self.batching.effective, self._ranks, len(self._data)
@@ -237,8 +239,9 @@ class TorchTraining:
             if not self._learner.classifies(output, targets) or output.ndim != 2:
                 return None
             classes = output.shape[1]
-            cells = (targets.long() * classes + output.argmax(1))[: count or 0]
-            found = torch.bincount(cells, minlength=classes * classes)
+            labels, taken = targets[:count].long(), output[:count].argmax(1)
+            known = labels >= 0  # below are those that the loss leaves out
+            found = torch.bincount((labels * classes + taken)[known], minlength=classes * classes)
             total = found if total is None else total + found
         if total is None:
             return None
@@ -250,6 +253,7 @@ class TorchTraining:
         """Yields this rank's outputs and targets, as many batches as any rank has; of one too many 0 examples count."""
         if len(data) == 0:
             raise DataError("there is no example to evaluate on")
+        self._align_buffers()
         learner, ranks = self._learner, self._ranks
         size = learner.eval_batch_size
         starts = range(0, len(data), size)
@@ -266,6 +270,12 @@ class TorchTraining:
                 indices = np.arange(start, min(start + size, len(data)))
                 inputs, targets = learner.batch(data, indices)
                 yield self._model.evaluate(inputs), targets, len(indices) if number < len(starts) else 0
+
+    def _align_buffers(self) -> None:
+        """Gives every rank the buffers of rank 0; running statistics are those of a rank's own part of each batch."""
+        if self.ranks > 1:
+            for buffer in self._model.module.buffers():
+                self._ranks.align(buffer)
 
     def rates(self) -> list[float]:
         """Returns the learning rates of the optimizer's groups, as of the last step."""
@@ -289,6 +299,7 @@ class TorchTraining:
 
     def model(self) -> ModelState:
         """Returns copies of the whole model's arrays, on the CPU; every rank must ask."""
+        self._align_buffers()
         resident = self._learner.resident
         parts = (self._model.params, resident.buffers, self._constants())
         trees = [{name: whole(array.detach()).cpu().clone() for name, array in part.items()} for part in parts]
@@ -311,6 +322,7 @@ class TorchTraining:
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies whole arrays, by names such as ``params/…``, into the model."""
+        self._model.drop_gathered()
         trees = unflatten(tensors)
         own: dict[str, Mapping[str, Tensor]] = {
             "params": self._model.params,
@@ -341,11 +353,14 @@ class TorchTraining:
         unpack_optimizer(self._optimizer, self._model.params, shared, told["optimizer"])
         if self._scaler is not None:
             self._scaler.load_state_dict(told["scaler"])
-        self.step, self._epoch = int(told["step"]), None
+        self._end_epoch()
+        self.step = int(told["step"])
         return told
 
     def close(self) -> None:
-        """Lets go of the spread model, which must not outlive the ranks' group."""
+        """Ends what reads ahead, and lets go of the spread model, which must not outlive the ranks' group."""
+        self._end_epoch()
+        self._model.close()
         del self._model, self._stepper
         if self.ranks > 1:
             gc.collect()  # torch's wrappers refer to themselves
@@ -354,6 +369,14 @@ class TorchTraining:
         """Returns the model's other arrays, which a strategy may have replaced."""
         current = dict(self._model.module.named_parameters()) | dict(self._model.module.named_buffers())
         return {name: current[name] for name in self._learner.resident.constants}
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if needs_closure(optimizer):
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} searches along a line by itself, which several ranks would do "
+            "each in its own way: use one device, or another optimizer"
+        )
 
 
 def _flat(model: ModelState) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("epochs", "evaluate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise ConfigurationError(f"{name} must be a whole number ≥ 1, not {value!r}")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise ConfigurationError(f"max_seconds must be > 0, not {self.max_seconds}")
@@ -115,18 +115,26 @@ class Training:
         )
         return {name: describe(getattr(self, name)) for name in names} | {"trace": self.trace}
 
-    def identity(self, data: Dataset, held_out: Dataset | None, *, effective_batch: int) -> dict[str, Any]:
+    def identity(
+        self, data: Dataset, held_out: Dataset | None, *, effective_batch: int, lr_factor: float
+    ) -> dict[str, Any]:
         """Returns the settings that decide the numbers, as JSON; a resumed training must have the same.
 
-        How many devices there are is not among them, as long as a step has as many examples.
+        How many devices there are is not among them, as long as a step has as many examples and the same rate.
+
+        Args:
+            data: What to train on.
+            held_out: What to measure on; None for nothing.
+            effective_batch: Examples in a step.
+            lr_factor: What the learning rates are scaled with.
         """
         learner = self.learner.describe()
         for name in ("batch_size", "accumulate", "epochs", "steps"):
             learner.pop(name, None)
         return {
             **{name: describe(getattr(self, name)) for name in ("name", "seed", "epochs", "evaluate_every", "metric")},
-            "scale_lr": self.scale_lr,
             "effective_batch": effective_batch,
+            "lr_factor": lr_factor,
             "learner": learner,
             "data": data.describe(),
             "evaluate": None if held_out is None else held_out.describe(),

@@ -224,6 +224,8 @@ class TrainingLoop:
         path, step = self._storage.path, self._ongoing.step
         if path is None:
             return RunInterrupted(f"stopped after step {step}; without a run folder nothing was kept")
+        if step == 0:
+            return RunInterrupted("stopped before the first step")
         if self._alone:
             self._save()
             return RunInterrupted(f"stopped after step {step}; the state is saved in {path}")

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-from shoal.data import Dataset, as_dataset
+import numpy as np
+
+from shoal.data import Dataset, Subset, as_dataset
 from shoal.description import describe
 from shoal.devices import Devices
-from shoal.errors import ConfigurationError
+from shoal.errors import ConfigurationError, unknown_name
 from shoal.learners.base import Learner, OngoingTraining, TrainableLearner
 from shoal.runs import RunFolder, environment, require_tensorboard
 from shoal.training.callbacks import TrainingCallback
@@ -97,6 +99,9 @@ def run_training(
     learner = learner.on(learner.devices)
     plan = dataclasses.replace(plan, learner=learner)
     learner.check(data)
+    if held_out is not None:
+        learner.check(held_out)
+        _check_metric(plan, held_out)
     with learner.training(data, epochs=plan.epochs, seed=plan.seed, scale_lr=plan.scale_lr) as ongoing:
         leads = ongoing.rank == 0
         folder = None
@@ -107,6 +112,15 @@ def run_training(
             return TrainingLoop(plan, ongoing, len(data), held_out, storage=storage, callbacks=told).run()
 
 
+def _check_metric(plan: Training, held_out: Dataset) -> None:
+    """Measures two examples, so that a metric that does not exist is refused now and not after the first epoch."""
+    if plan.metric is None:
+        return
+    known = plan.learner.evaluate(plan.learner.init(plan.seed), Subset(held_out, np.arange(min(2, len(held_out)))))
+    if plan.metric not in known:
+        raise unknown_name("metric", plan.metric, list(known))
+
+
 def _open_folder(
     plan: Training, ongoing: OngoingTraining, data: Dataset, held_out: Dataset | None, path: Path, *, resume: bool
 ) -> RunFolder:
@@ -114,7 +128,12 @@ def _open_folder(
         require_tensorboard()
     batching = ongoing.batching
     config = {
-        "identity": plan.identity(data, held_out, effective_batch=batching.effective),
+        "identity": plan.identity(
+            data,
+            held_out,
+            effective_batch=min(batching.effective, len(data)),
+            lr_factor=batching.effective / batching.per_device if plan.scale_lr else 1.0,
+        ),
         "options": plan.options(),
         "environment": environment(
             seed=plan.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -31,14 +32,16 @@ class Progress:
     """What that epoch has taken until now."""
 
     def as_json(self) -> dict[str, Any]:
-        """Returns it as JSON."""
-        return asdict(self)
+        """Returns it as JSON, which has no NaN and no infinity: numbers are written as text where there may be some."""
+        best = self.best and {**asdict(self.best), "value": str(self.best.value)}
+        chunks = [(count, {name: str(mean) for name, mean in means.items()}) for count, means in self.chunks]
+        return {**asdict(self), "best": best, "chunks": chunks}
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
         """Undoes :meth:`as_json`."""
-        best = Choice(**told["best"]) if told["best"] else None
-        chunks = [(examples, means) for examples, means in told["chunks"]]
+        best = Choice(**{**told["best"], "value": float(told["best"]["value"])}) if told["best"] else None
+        chunks = [(count, {name: float(mean) for name, mean in means.items()}) for count, means in told["chunks"]]
         return cls(**{**told, "best": best, "chunks": chunks})
 
 
@@ -68,7 +71,9 @@ class TrainingStorage(RunWriter):
         self.notices += loaded.notices
         self._checkpoints.discard_after(loaded.number)
         self.forget_after(loaded.meta["run"]["epochs"])
-        return loaded.tensors, {**loaded.meta, "history": read_metrics(self.folder.metrics)}
+        records = read_metrics(self.folder.metrics)
+        history = [{key: math.nan if value is None else value for key, value in record.items()} for record in records]
+        return loaded.tensors, {**loaded.meta, "history": history}
 
     def best_model(self, step: int) -> ModelState | None:
         """Returns the model of a checkpoint; None where it cannot be read."""

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+from itertools import chain
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.learners.batches import pieces
 from support import batch_indices
 
 COUNTS = st.integers(1, 40)
@@ -31,3 +35,44 @@ def test_steps_are_the_beginning_of_as_many_passes(count, batch_size, steps, see
     passes = batches(epochs=steps, steps=None)
     assert len(counted) == steps
     assert all(np.array_equal(one, other) for one, other in zip(counted, passes, strict=False))
+
+
+@given(examples=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 7))
+def test_the_ranks_divide_a_batch_among_them_in_order(examples, batch_size, ranks):
+    of_ranks = [pieces(examples, batch_size=batch_size, ranks=ranks, rank=rank) for rank in range(ranks)]
+    whole = list(chain.from_iterable(of_ranks))
+    ends = [0]
+    for piece in whole:
+        assert piece.start == ends[-1]
+        ends.append(piece.start + piece.count)
+    assert ends[-1] == examples
+    assert len({len(own) for own in of_ranks}) == 1  # else some rank would wait for gradients that never come
+    assert all(0 <= piece.count <= batch_size for piece in whole)
+    assert math.isclose(sum(piece.share for piece in whole), 1)
+    assert all(piece.share == piece.count / examples for piece in whole)
+    loads = [sum(piece.count for piece in own) for own in of_ranks]
+    assert max(loads) - min(loads) <= 1
+    for own in of_ranks:
+        counts = [piece.count for piece in own]
+        assert max(counts) - min(counts) <= 1
+
+
+@given(batch_size=st.integers(1, 9), accumulate=st.integers(1, 5), ranks=st.integers(1, 5))
+def test_a_full_step_is_as_many_full_batches_as_were_asked_for(batch_size, accumulate, ranks):
+    full = batch_size * accumulate * ranks
+    for rank in range(ranks):
+        own = pieces(full, batch_size=batch_size, ranks=ranks, rank=rank)
+        assert [piece.count for piece in own] == [batch_size] * accumulate
+
+
+@given(
+    examples=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 7), seed=st.integers(0, 2**32 - 1)
+)
+def test_the_pieces_means_make_the_mean_of_the_batch(examples, batch_size, ranks, seed):
+    values = np.random.default_rng(seed).normal(size=examples)
+    total = 0.0
+    for rank in range(ranks):
+        for piece in pieces(examples, batch_size=batch_size, ranks=ranks, rank=rank):
+            if piece.count:
+                total += piece.share * values[piece.start : piece.start + piece.count].mean()
+    assert math.isclose(total, values.mean(), abs_tol=1e-12)
