@@ -17,7 +17,7 @@ bench = typer.Typer(name="bench", help="Measure engines on this machine.", no_ar
 
 
 def simulate(
-    model: Annotated[str, typer.Option(help="logistic, mlp, lenet, resnet18gn or transformer.")] = "lenet",
+    model: Annotated[str, typer.Option(help="logistic, mlp, mlp10m, har, lenet, resnet18gn or transformer.")] = "lenet",
     population: Annotated[int, typer.Option(help="Number of clients.")] = 1000,
     cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 100,
     samples: Annotated[int, typer.Option(help="Samples of each client.")] = 50,
