@@ -21,6 +21,12 @@ from shoal.training.result import BestEpoch, TrainingResult
 from shoal.training.storage import Progress, TrainingStorage
 from shoal.types import ModelState
 
+TRACE_AFTER = 5
+"""How many steps a training that is traced makes before: the first ones look for memory and kernels."""
+
+TRACE_STEPS = 5
+"""How many are recorded then; fewer where the epoch ends between them."""
+
 
 class TrainingLoop:
     """Runs a training from where its storage left it.
@@ -59,6 +65,8 @@ class TrainingLoop:
         self._best_model = self._restored_best()
         self._selection = Selection(plan.criteria(), self._progress.best)
         self._info = self._describe(rates)
+        trace_from = max(min(ongoing.step + TRACE_AFTER, ongoing.steps - TRACE_STEPS), ongoing.step)
+        self._traced = range(trace_from, trace_from + TRACE_STEPS) if plan.trace else range(0)
 
     def run(self) -> TrainingResult:
         """Takes steps until a criterion stops them.
@@ -94,7 +102,8 @@ class TrainingLoop:
         if self._plan.checkpoint_every:
             ends.append(self._plan.checkpoint_every)
         until = min(ongoing.step + end - ongoing.step % end for end in ends)
-        with self._between_steps() as stop:
+        until = min([until, *(step for step in (self._traced.start, self._traced.stop) if step > ongoing.step)])
+        with self._recorded(), self._between_steps() as stop:
             started = time.perf_counter()
             means, examples = ongoing.advance(until, stop)
             seconds = time.perf_counter() - started
@@ -109,6 +118,13 @@ class TrainingLoop:
         )
         for callback in self._callbacks:
             callback.on_steps(told)
+
+    def _recorded(self) -> AbstractContextManager[None]:
+        """Records the steps that are to be, on rank 0; the others only take them apart from the rest."""
+        ongoing, folder = self._ongoing, self._storage.path
+        if folder is None or not self._traced or ongoing.step != self._traced.start:
+            return contextlib.nullcontext()
+        return ongoing.recorded(folder / "trace" / f"rank-{ongoing.rank}.json")
 
     def _between_steps(self) -> AbstractContextManager[Callable[[], bool]]:
         """Holds signals back while a step is taken. Several ranks could not agree on the step to stop after."""

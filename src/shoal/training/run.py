@@ -85,6 +85,8 @@ def run_training(
         resume: Go on with the training that ``run_dir`` holds.
         callbacks: Told of what happens.
     """
+    if plan.trace and run_dir is None:
+        raise ConfigurationError("trace=True writes to the run folder: name one with run_dir=…")
     data = as_dataset(plan.data)
     held_out = None if plan.evaluate is None else as_dataset(plan.evaluate)
     data.check()
