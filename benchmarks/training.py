@@ -204,8 +204,10 @@ def table(options: argparse.Namespace) -> None:
             ratios = found["ratios"]
             middle = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
             named = "2 ranks, ddp" if strategy == "ddp" else strategy
-            cells = [model, named, options.precision, f"{found['own']:.1f}", f"{found['shoal']:.1f}", middle]
-            print("|", " | ".join([*cells, str(WANTED[strategy]), *(f"{each:.0f}" for each in memory)]), "|", flush=True)
+            speeds = [f"{found[which]:.1f}" for which in ("own", "shoal")]
+            peaks = [f"{each:.0f}" for each in memory]
+            cells = [model, named, options.precision, *speeds, middle, str(WANTED[strategy]), *peaks]
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:

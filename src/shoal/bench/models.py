@@ -170,4 +170,6 @@ def random_samples(model: BenchModel, count: int) -> ArrayDataset:
     """Returns so many random samples, or as many as are kept apart."""
     rng = np.random.default_rng(0)
     different = min(count, MOST_SAMPLES)
-    return ArrayDataset(model.inputs(different, rng), rng.integers(model.classes, size=different), classes=model.classes)
+    return ArrayDataset(
+        model.inputs(different, rng), rng.integers(model.classes, size=different), classes=model.classes
+    )
