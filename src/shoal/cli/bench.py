@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.bench_devices import devices
 from shoal.cli.exits import guarded
 from shoal.cli.launch import among_workers, launch_if_asked
 
 if TYPE_CHECKING:
     from shoal.bench import Measurement
 
-bench = typer.Typer(name="bench", help="Measure engines on this machine.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure engines and devices on this machine.", no_args_is_help=True)
 
 
 def simulate(
@@ -71,7 +72,8 @@ def simulate(
         _print_table(found)
 
 
-bench.command()(guarded(simulate))
+for command in (simulate, devices):
+    bench.command()(guarded(command))
 
 
 def _print_table(found: Measurement) -> None:
