@@ -29,7 +29,7 @@ from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, w
 from shoal.learners.torch_tally import Tally, mean
 from shoal.learners.torch_trace import recorded
 from shoal.learners.torch_usage import Usage
-from shoal.randomness import generator
+from shoal.randomness import further_seed, generator
 from shoal.trees import flatten, nbytes, unflatten
 from shoal.types import ModelState, Params
 
@@ -155,7 +155,7 @@ class TorchTraining:
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
         learner = self._learner
-        reseed(learner.device, draw_seed(generator(self._seed, "noise", round=self.step, client=self._ranks.rank)))
+        reseed(learner.device, further_seed(self._seed, "noise", round=self.step, client=self._ranks.rank))
         if learner.schedule:
             self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
         # The strategies take the mean over the ranks.
