@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """shoal's training loop against the same training written by hand, as Markdown on standard output.
 
-    benchmarks/training.py > training.md                               # two CPU cores: `single`, and `ddp` on 2 ranks
-    benchmarks/training.py --device cuda --precision bf16              # one GPU
+    benchmarks/training.py > training.md                                # two CPU cores: `single`, and `ddp` on 2 ranks
+    benchmarks/training.py --device cuda --precision bf16 --steps 200 --batch-size 1024 > training.md      # one GPU
 
 Both train the same model in the same processes and take turns, a block of steps each; a turn's ratio is that of its two
-blocks, so that what else the machine does meets both. Peak memory is taken in processes that run one of the two alone.
+blocks, so that what else the machine does meets both. The median of the turns is shown, with its quartiles. Peak memory
+is taken in processes that run one of the two alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ import shoal
 from shoal.bench.models import MODELS, random_samples
 from shoal.learners.torch_ranks import joined
 
-SAMPLES = 20_000
+EPOCH = 20_000
+"""Samples of an epoch, about: both loops have whole batches only."""
 LONGEST = 900
 """Seconds that one row may take."""
 WANTED = {"single": 0.98, "ddp": 0.97}
@@ -66,9 +69,7 @@ class OwnLoop:
     def epoch(self) -> list[Tensor]:
         """Returns this rank's batches of a new order."""
         order = torch.randperm(len(self.targets), generator=self.draws)
-        size = self.batch_size * self.ranks
-        whole = order[: len(order) // size * size].view(-1, self.ranks, self.batch_size)
-        return list(whole[:, self.rank].to(self.inputs.device))
+        return list(order.view(-1, self.ranks, self.batch_size)[:, self.rank].to(self.inputs.device))
 
     def block(self, steps: int) -> None:
         """Takes steps."""
@@ -85,10 +86,15 @@ class OwnLoop:
             self.optimizer.step()
 
 
+def epoch(options: argparse.Namespace) -> int:
+    """Returns how many samples an epoch has: whole batches, on one device and on two."""
+    return EPOCH // (2 * options.batch_size) * 2 * options.batch_size
+
+
 def own_block(options: argparse.Namespace, device: torch.device) -> Callable[[int], None]:
     """Returns a block of the loop written by hand."""
     kind = MODELS[options.model]
-    data = random_samples(kind, SAMPLES)
+    data = random_samples(kind, epoch(options))
     inputs, targets = (torch.from_numpy(array).to(device) for array in (data.inputs, data.targets()))
     torch.manual_seed(0)
     model = kind.make().to(device)
@@ -109,7 +115,7 @@ def shoal_block(options: argparse.Namespace, devices: shoal.Devices):
         batch_size=options.batch_size,
         devices=devices,
     )
-    with learner.training(random_samples(kind, SAMPLES), epochs=10**6, seed=0) as ongoing:
+    with learner.training(random_samples(kind, epoch(options)), epochs=10**6, seed=0) as ongoing:
 
         def block(steps: int) -> None:
             until = ongoing.step + steps
@@ -185,28 +191,41 @@ def run(options: argparse.Namespace, model: str, strategy: str, **further: str) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(options: argparse.Namespace) -> None:
-    """Prints all rows."""
-    device = platform.processor() or platform.machine()
+def heading(options: argparse.Namespace) -> None:
+    """Prints what was measured where, and the head of the table."""
     if options.device == "cuda":
         device = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        device = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
     print(f"- machine: {device}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}")
     print(f"- versions: shoal {shoal.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"- command: `benchmarks/training.py {' '.join(sys.argv[1:])}`".replace(" `", "`"))
-    print(f"- {options.turns} turns of {options.steps} steps; {options.batch_size} samples a step and device\n")
+    print(f"- command: `{' '.join(['benchmarks/training.py', *sys.argv[1:]])}`")
+    print(
+        f"- {options.turns} turns of {options.steps} steps, {options.batch_size} samples of a step on each device;",
+        end="",
+    )
+    print(" medians, of the ratio with its quartiles\n")
     print("| model | devices | precision | by hand: steps/s | shoal: steps/s | shoal / by hand | wanted ", end="")
     print("| by hand: peak MiB | shoal: peak MiB |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
+
+
+def table(options: argparse.Namespace) -> None:
+    """Prints all rows."""
+    heading(options)
     for model in ("mlp10m", "har"):
         for strategy in ("single",) if options.device == "cuda" else ("single", "ddp"):
             found = run(options, model, strategy)
             memory = [run(options, model, strategy, alone=which)["peak"] / 2**20 for which in ("own", "shoal")]
-            ratios = found["ratios"]
-            middle = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
-            named = "2 ranks, ddp" if strategy == "ddp" else strategy
+            low, middle, high = statistics.quantiles(found["ratios"])
             speeds = [f"{found[which]:.1f}" for which in ("own", "shoal")]
-            peaks = [f"{each:.0f}" for each in memory]
-            cells = [model, named, options.precision, *speeds, middle, str(WANTED[strategy]), *peaks]
+            cells = [model, "2 ranks, ddp" if strategy == "ddp" else strategy, options.precision, *speeds]
+            cells += [
+                f"{middle:.3f} ({low:.3f}–{high:.3f})",
+                str(WANTED[strategy]),
+                *(f"{each:.0f}" for each in memory),
+            ]
             print("|", " | ".join(cells), "|", flush=True)
 
 
@@ -215,8 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--turns", type=int, default=15, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=50, help="steps of a block; shoal.train logs as often")
+    parser.add_argument("--turns", type=int, default=51, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a block, after which shoal waits and tells")
     parser.add_argument("--batch-size", type=int, default=64, help="samples of a step on each device")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
     parser.add_argument("--model", choices=tuple(MODELS), help="measure this one here, and print JSON")
