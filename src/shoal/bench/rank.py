@@ -38,6 +38,9 @@ DIFFERENT = 2048
 EPOCH = 20_000
 """Samples of an epoch at least."""
 
+INTERRUPTED = 130
+"""The exit code of a rank that Ctrl-C has ended."""
+
 FOREVER = 10**6
 """Epochs that are never reached."""
 
@@ -166,6 +169,8 @@ def main(arguments: list[str]) -> int:
         if is_memory_error(error):
             return MEMORY_SPENT
         raise
+    except KeyboardInterrupt:  # the launcher says so, once for all ranks
+        return INTERRUPTED
     if rank == 0:
         write_json(Path(arguments[1]), dataclasses.asdict(speed))
     return 0
