@@ -47,7 +47,6 @@ class Case:
     trace: str | None = None
     """A file for some steps as torch's profiler sees them on rank 0; None for none."""
 
-    @property
     def devices(self) -> Devices:
         """The devices as a learner takes them.
 
@@ -110,7 +109,7 @@ def run_case(case: Case) -> Speed:
         asked = json.dumps(dataclasses.asdict(case))
         command = [sys.executable, "-m", "shoal.bench.rank", asked, str(answer)]
         try:
-            launch_ranks(command, processes=case.count if case.devices.ranked else 1)
+            launch_ranks(command, processes=case.count if case.devices().ranked else 1)
         except RanksFailedError as error:
             # The system kills a process that takes more than there is.
             if error.failure.code in (MEMORY_SPENT, -signal.SIGKILL):

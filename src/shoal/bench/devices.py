@@ -11,11 +11,14 @@ from typing import Any
 
 from shoal.bench.case import Case, MemorySpentError, Speed, run_case
 from shoal.bench.models import MODELS
-from shoal.devices import Launched, Precision, Strategy
+from shoal.devices import Accelerator, Launched, Precision, Strategy
 from shoal.errors import ConfigurationError, unknown_name
 
 SPREADING: tuple[Strategy, ...] = ("dp", "ddp", "fsdp")
 """The strategies for several devices."""
+
+SHORTER: dict[str, tuple[Precision, ...]] = {"cpu": ("bf16",), "cuda": ("bf16", "fp16")}
+"""The precisions to compare with fp32."""
 
 SMALLEST_BATCH = 8
 """Where a sweep over batch sizes begins."""
@@ -120,27 +123,24 @@ def measure_devices(
     """
     if model not in MODELS:
         raise unknown_name("model", model, MODELS)
-    for name, value in {"batch-size": batch_size, "steps": steps, "epoch": epoch, "largest": largest or 1}.items():
-        if value < 1:
+    for name, value in {"batch-size": batch_size, "steps": steps, "epoch": epoch, "largest": largest}.items():
+        if value is not None and value < 1:
             raise ConfigurationError(f"{name} must be at least 1, not {value}")
     if Launched.here() is not None:
         raise ConfigurationError("the ranks are started one configuration after the other: leave the launcher out")
-    device, present = _present(accelerator)
-    on_cpu = device == "CPU"
-    spread = spreading(strategies, present, on_cpu=on_cpu)
-    if threads is None and on_cpu:
+    kind, device, present = _present(accelerator)
+    spread = spreading(strategies, present, on_cpu=kind == "cpu")
+    if kind == "cpu" and threads is None:
         threads = max(len(os.sched_getaffinity(0)) // max([count for _, count in spread], default=1), 1)
-    one = Case(
-        model=model, accelerator="cpu" if on_cpu else "cuda", batch_size=batch_size, steps=steps, threads=threads
-    )
-    first = dataclasses.replace(one, parts=True)
-    cases = [first, *(dataclasses.replace(first, strategy=name, count=count) for name, count in spread)]
-    for case in cases:
-        case.devices  # noqa: B018 - what cannot be is refused before anything is measured
+    if kind == "cpu" and largest is None:
+        largest = LARGEST_ON_CPU
+    one = Case(model=model, accelerator=kind, batch_size=batch_size, steps=steps, threads=threads)
+    one.devices()  # what cannot be is refused before anything is measured
+    full = dataclasses.replace(one, parts=True)
+    cases = [full, *(dataclasses.replace(full, strategy=name, count=count) for name, count in spread)]
     measure = Measuring(run, tell)
     configurations = [measure.row(_traced(case, trace)) for case in cases]
-    shorter: tuple[Precision, ...] = ("bf16",) if on_cpu else ("bf16", "fp16")
-    precisions = [measure.row(dataclasses.replace(one, precision=precision)) for precision in shorter]
+    precisions = [measure.row(dataclasses.replace(one, precision=precision)) for precision in SHORTER[kind]]
     return DeviceTables(
         model=model,
         device=device,
@@ -148,7 +148,7 @@ def measure_devices(
         epoch=epoch,
         configurations=tuple(configurations),
         precisions=(configurations[0], *precisions),
-        sweep=tuple(measure.sweep(one, largest or (LARGEST_ON_CPU if on_cpu else None))),
+        sweep=tuple(measure.sweep(one, largest)),
     )
 
 
@@ -212,8 +212,8 @@ def spreading(strategies: Sequence[str] | None, present: int, *, on_cpu: bool) -
     return [(name, count) for name in SPREADING if name in strategies for count in sorted(counts)]
 
 
-def _present(accelerator: str) -> tuple[str, int]:
-    """Returns what a device is, and how many there are; a CPU counts as two, of half the cores each.
+def _present(accelerator: str) -> tuple[Accelerator, str, int]:
+    """Returns the kind of devices, their name, and how many there are; a CPU counts as two, of half the cores each.
 
     Raises:
         ConfigurationError: CUDA was asked for, and is not there.
@@ -224,10 +224,10 @@ def _present(accelerator: str) -> tuple[str, int]:
         raise unknown_name("accelerator", accelerator, ("auto", "cpu", "cuda"))
     found = torch.cuda.device_count() if accelerator != "cpu" and torch.cuda.is_available() else 0
     if found:
-        return torch.cuda.get_device_name(0), found
+        return "cuda", torch.cuda.get_device_name(0), found
     if accelerator == "cuda":
         raise ConfigurationError("no CUDA device is there: use --accelerator cpu, and see `shoal doctor`")
-    return "CPU", 2
+    return "cpu", "CPU", 2
 
 
 def _traced(case: Case, folder: Path | None) -> Case:

@@ -94,14 +94,14 @@ def measure(case: Case) -> tuple[int, Speed]:
     Returns:
         Which rank this is, and what was measured.
     """
-    watch = Stopwatch(resolve(case.devices))
+    watch = Stopwatch(resolve(case.devices()))
     learner = TorchLearner(
         MODELS[case.model].make,
         loss=watch.loss,
         optimizer=watch.optimizer,
         transform=watch.transform,
         batch_size=case.batch_size,
-        devices=case.devices,
+        devices=case.devices(),
     )
     with learner.training(_samples(case), epochs=FOREVER, seed=0) as ongoing:
         _advance(ongoing, WARM_UP)
