@@ -45,7 +45,7 @@ for model in $models; do
 done
 
 echo
-"${PYTHON:-python3}" "$(dirname "$0")/training.py" --device cuda --precision bf16 --steps 200 --batch-size 1024
+"${PYTHON:-python3}" "$(dirname "$0")/training.py" --device cuda --precision bf16 --batch-size 1024
 echo
 echo '```'
 "$shoal" bench devices --model resnet18gn --largest 4096

@@ -2,7 +2,7 @@
 """shoal's training loop against the same training written by hand, as Markdown on standard output.
 
     benchmarks/training.py > training.md                                # two CPU cores: `single`, and `ddp` on 2 ranks
-    benchmarks/training.py --device cuda --precision bf16 --steps 200 --batch-size 1024 > training.md      # one GPU
+    benchmarks/training.py --device cuda --precision bf16 --batch-size 1024 > training.md      # one GPU
 
 Both train the same model in the same processes and take turns, a block of steps each; a turn's ratio is that of its two
 blocks, so that what else the machine does meets both. The median of the turns is shown, with its quartiles. Peak memory
@@ -234,8 +234,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--turns", type=int, default=51, help="pairs of blocks")
-    parser.add_argument("--steps", type=int, default=10, help="steps of a block, after which shoal waits and tells")
+    parser.add_argument("--turns", type=int, default=21, help="pairs of blocks")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a block; shoal.train logs as often")
     parser.add_argument("--batch-size", type=int, default=64, help="samples of a step on each device")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of one operation")
     parser.add_argument("--model", choices=tuple(MODELS), help="measure this one here, and print JSON")
