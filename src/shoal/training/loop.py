@@ -38,6 +38,8 @@ class TrainingLoop:
         held_out: What to measure on; None for nothing.
         storage: Where progress is kept; without a folder on ranks other than 0.
         callbacks: Told of what happens; none on ranks other than 0.
+        recording: The context of some steps where they are to be recorded; None on ranks other than 0, which only take
+            the same steps apart from the rest.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainingLoop:
         *,
         storage: TrainingStorage,
         callbacks: Sequence[TrainingCallback],
+        recording: AbstractContextManager[object] | None = None,
     ) -> None:
         self._plan = plan
         self._ongoing = ongoing
@@ -56,6 +59,7 @@ class TrainingLoop:
         self._held_out = held_out
         self._storage = storage
         self._callbacks = callbacks
+        self._recording = recording
         self._alone = ongoing.ranks == 1
         rates = tuple(ongoing.rates())
         told = ongoing.restore(*storage.restore())
@@ -103,7 +107,8 @@ class TrainingLoop:
             ends.append(self._plan.checkpoint_every)
         until = min(ongoing.step + end - ongoing.step % end for end in ends)
         until = min([until, *(step for step in (self._traced.start, self._traced.stop) if step > ongoing.step)])
-        with self._recorded(), self._between_steps() as stop:
+        recording = self._recording if ongoing.step == self._traced.start else None
+        with recording or contextlib.nullcontext(), self._between_steps() as stop:
             started = time.perf_counter()
             means, examples = ongoing.advance(until, stop)
             seconds = time.perf_counter() - started
@@ -118,13 +123,6 @@ class TrainingLoop:
         )
         for callback in self._callbacks:
             callback.on_steps(told)
-
-    def _recorded(self) -> AbstractContextManager[None]:
-        """Records the steps that are to be, on rank 0; the others only take them apart from the rest."""
-        ongoing, folder = self._ongoing, self._storage.path
-        if folder is None or not self._traced or ongoing.step != self._traced.start:
-            return contextlib.nullcontext()
-        return ongoing.recorded(folder / "trace" / f"rank-{ongoing.rank}.json")
 
     def _between_steps(self) -> AbstractContextManager[Callable[[], bool]]:
         """Holds signals back while a step is taken. Several ranks could not agree on the step to stop after."""

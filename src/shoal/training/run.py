@@ -101,12 +101,17 @@ def run_training(
     learner.check(data)
     with learner.training(data, epochs=plan.epochs, seed=plan.seed, scale_lr=plan.scale_lr) as ongoing:
         leads = ongoing.rank == 0
-        folder = None
+        folder = recording = None
         if leads and run_dir is not None:
+            if plan.trace:
+                recording = ongoing.recorded(Path(run_dir) / "trace" / "rank-0.json")
             folder = _open_folder(plan, ongoing, data, held_out, Path(run_dir), resume=resume)
         with TrainingStorage(folder, keep=plan.keep_checkpoints) as storage:
             told = callbacks if leads else ()
-            return TrainingLoop(plan, ongoing, len(data), held_out, storage=storage, callbacks=told).run()
+            loop = TrainingLoop(
+                plan, ongoing, len(data), held_out, storage=storage, callbacks=told, recording=recording
+            )
+            return loop.run()
 
 
 def _open_folder(

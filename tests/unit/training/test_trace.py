@@ -6,6 +6,7 @@ import re
 import pytest
 
 import shoal
+from lightning_modules import Classifier
 from shoal.errors import ConfigurationError, StorageError
 from support import assert_equal, learner, samples
 
@@ -53,3 +54,10 @@ def test_a_trace_that_cannot_be_written_ends_the_training_with_one_line(tmp_path
     with pytest.raises(StorageError, match=r"rank-0\.json could not be written: the disk is full"):
         train(tmp_path / "run", trace=True)
     assert list((tmp_path / "run" / "trace").iterdir()) == []
+
+
+def test_lightning_takes_its_steps_itself(tmp_path):
+    ours = shoal.LightningLearner(Classifier, trainer={"accelerator": "cpu"}, batch_size=4)
+    with pytest.raises(ConfigurationError, match=r"which Lightning takes: use trainer=\{'profiler': 'pytorch'\}"):
+        shoal.train(ours, samples(12), epochs=1, run_dir=tmp_path / "run", trace=True)
+    assert not (tmp_path / "run").exists()
