@@ -5,8 +5,8 @@
     benchmarks/training.py --device cuda --precision bf16 --batch-size 1024 > training.md      # one GPU
 
 Both train the same model in the same processes and take turns, a block of steps each; a turn's ratio is that of its two
-blocks, so that what else the machine does meets both. The median of the turns is shown, with its quartiles. Peak memory
-is taken in processes that run one of the two alone.
+blocks, so that what else the machine does meets both. Shown are the median of the turns and its quartiles, of the time
+and of the CPU time, which other programs disturb less. Peak memory is that of processes that run one of the two alone.
 """
 
 from __future__ import annotations
@@ -125,17 +125,17 @@ def shoal_block(options: argparse.Namespace, devices: shoal.Devices):
         yield block
 
 
-def clock(block: Callable[[int], None], steps: int, device: torch.device) -> float:
-    """Returns the seconds that a block takes, from a common start of all ranks."""
+def clock(block: Callable[[int], None], steps: int, device: torch.device) -> tuple[float, float]:
+    """Returns the seconds that a block takes, from a common start of all ranks, and those of CPU time of this rank."""
     if dist.is_initialized():
         dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     block(steps)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, time.process_time() - busy
 
 
 def peak(device: torch.device) -> int:
@@ -160,17 +160,17 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
             clock(block, options.steps, device)
         if own is None or ours is None:
             return {"peak": peak(device)}
-        pairs = []
+        turns: list[dict[str, tuple[float, float]]] = []
         gc.collect()
         for turn in range(options.turns):
-            order = (own, ours) if turn % 2 else (ours, own)
-            taken = {block: clock(block, options.steps, device) for block in order}
-            pairs.append((taken[own], taken[ours]))
-    return {
-        "own": options.steps / statistics.median(own for own, _ in pairs),
-        "shoal": options.steps / statistics.median(ours for _, ours in pairs),
-        "ratios": [own / ours for own, ours in pairs],
+            order = {"own": own, "shoal": ours} if turn % 2 else {"shoal": ours, "own": own}
+            turns.append({name: clock(block, options.steps, device) for name, block in order.items()})
+    found: dict[str, object] = {
+        name: options.steps / statistics.median(turn[name][0] for turn in turns) for name in ("own", "shoal")
     }
+    for number, name in enumerate(("ratios", "cpu_ratios")):
+        found[name] = [turn["own"][number] / turn["shoal"][number] for turn in turns]
+    return found
 
 
 def run(options: argparse.Namespace, model: str, strategy: str, **further: str) -> dict[str, object]:
@@ -207,8 +207,8 @@ def heading(options: argparse.Namespace) -> None:
     )
     print(" medians, of the ratio with its quartiles\n")
     print("| model | devices | precision | by hand: steps/s | shoal: steps/s | shoal / by hand | wanted ", end="")
-    print("| by hand: peak MiB | shoal: peak MiB |")
-    print("|---|---|---|---:|---:|---:|---:|---:|---:|", flush=True)
+    print("| the same of CPU time | by hand: peak MiB | shoal: peak MiB |")
+    print("|---|---|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
 
 
 def table(options: argparse.Namespace) -> None:
@@ -218,7 +218,10 @@ def table(options: argparse.Namespace) -> None:
         for strategy in ("single",) if options.device == "cuda" else ("single", "ddp"):
             found = run(options, model, strategy)
             memory = [run(options, model, strategy, alone=which)["peak"] / 2**20 for which in ("own", "shoal")]
-            low, middle, high = statistics.quantiles(found["ratios"])
+            ratios = []
+            for name in ("ratios", "cpu_ratios"):
+                low, middle, high = statistics.quantiles(found[name])
+                ratios.append(f"{middle:.3f} ({low:.3f}–{high:.3f})")
             speeds = [f"{found[which]:.1f}" for which in ("own", "shoal")]
             cells = [model, "2 ranks, ddp" if strategy == "ddp" else strategy, options.precision, *speeds]
             cells += [

@@ -47,7 +47,7 @@ def test_one_rank_prints_every_turn():
     done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found["ratios"]) == 3
+    assert len(found["ratios"]) == len(found["cpu_ratios"]) == 3
     assert found["own"] > 0
     assert found["shoal"] > 0
 
