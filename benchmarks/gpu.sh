@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tables of docs/benchmarks.md that need a GPU, as Markdown on standard output: benchmarks/gpu.sh > gpu.md
-# About 20 minutes on one GPU. SHOAL names the command, MODELS and COHORTS what to measure.
+# About 20 minutes on one GPU. SHOAL and PYTHON name the commands, MODELS and
+# COHORTS what to measure.
 set -euo pipefail
 shoal="${SHOAL:-shoal}"
 models="${MODELS:-lenet resnet18gn transformer}"
@@ -42,3 +43,10 @@ for model in $models; do
   row "$model" 10 vectorized fp32 spawn
   row "$model" 10 process fp32 loop
 done
+
+echo
+"${PYTHON:-python3}" "$(dirname "$0")/training.py" --device cuda --precision bf16 --batch-size 1024
+echo
+echo '```'
+"$shoal" bench devices --model resnet18gn --largest 4096
+echo '```'

@@ -27,8 +27,27 @@ def generator(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> np
         ConfigurationError: The seed is negative or no whole number.
     """
     check_seed(seed)
-    key = f"{seed}/{purpose}/{round}/{client}".encode()
+    key = _key(seed, purpose, round, client)
     return np.random.Generator(np.random.PCG64(_Hashed(key)))  # type: ignore[arg-type]  # any ISeedSequence will do
+
+
+def further_seed(seed: int, purpose: str, *, round: int = 0, client: int = 0) -> int:
+    """Returns a seed for a framework's own generators, ≥ 0 and < 2**63, that depends on the arguments alone.
+
+    It takes a quarter of the time of a :func:`generator`, which a step of a small model can feel.
+
+    Args:
+        seed: The run's seed, which was checked.
+        purpose: What the numbers are for.
+        round: The number of the round or step.
+        client: The index of the client or rank.
+    """
+    digest = hashlib.blake2b(_key(seed, purpose, round, client), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _key(seed: int, purpose: str, round: int, client: int) -> bytes:
+    return f"{seed}/{purpose}/{round}/{client}".encode()
 
 
 class _Hashed(ISeedSequence):

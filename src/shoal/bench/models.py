@@ -1,4 +1,4 @@
-"""The models that simulations are measured with, and random data of their shape."""
+"""The models that are measured, and random data of their shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.data import ArrayDataset
+
 CLASSES = 10
+HAR_CLASSES = 6
+
+MOST_SAMPLES = 20_000
+"""How many different samples there are; beyond, clients share them, so that a population costs no memory."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class BenchModel:
     """The shape of one input."""
     vocabulary: int | None = None
     """Inputs are tokens below this number; None: they are real."""
+    classes: int = CLASSES
+    """How many outputs it has."""
 
     def inputs(self, count: int, rng: np.random.Generator) -> np.ndarray:
         """Returns random inputs, [count, …], float32 or int64."""
@@ -116,15 +124,52 @@ class Transformer(nn.Module):
         return scores
 
 
+class HarCnn(nn.Sequential):
+    """A CNN over 128 moments of 9 channels, as movement sensors give them: 85,446 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(9, 64, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(64, 128, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(128, 64, 5, padding=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool1d(1),
+            nn.Flatten(),
+            nn.Linear(64, HAR_CLASSES),
+        )
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, CLASSES))
+
+
+def _mlp10m() -> nn.Module:
+    hidden = 2800
+    return nn.Sequential(
+        nn.Linear(784, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
+    )
 
 
 MODELS = {
     "logistic": BenchModel(lambda: nn.Linear(60, CLASSES), (60,)),
     "mlp": BenchModel(_mlp, (784,)),
+    "mlp10m": BenchModel(_mlp10m, (784,)),
+    "har": BenchModel(HarCnn, (9, 128), classes=HAR_CLASSES),
     "lenet": BenchModel(LeNet, (3, 32, 32)),
     "resnet18gn": BenchModel(ResNet18GN, (3, 32, 32)),
     "transformer": BenchModel(Transformer, (32,), vocabulary=1000),
 }
 """The models by the names that the command line knows."""
+
+
+def random_samples(model: BenchModel, count: int) -> ArrayDataset:
+    """Returns so many random samples, or as many as are kept apart."""
+    rng = np.random.default_rng(0)
+    different = min(count, MOST_SAMPLES)
+    return ArrayDataset(
+        model.inputs(different, rng), rng.integers(model.classes, size=different), classes=model.classes
+    )

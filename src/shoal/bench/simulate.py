@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from shoal.bench.baseline import LEARNING_RATE, SPAWNED, PlainLoop, SpawnedClients
-from shoal.bench.models import CLASSES, MODELS, BenchModel
+from shoal.bench.models import MODELS, BenchModel, random_samples
 from shoal.data import ArrayDataset, Population
 from shoal.devices import Devices
 from shoal.engines import DistributedEngine, Engine, ProcessEngine, VectorizedEngine
@@ -27,9 +27,6 @@ from shoal.federation.preparation import Plan, prepare
 from shoal.federation.rounds import train_round
 from shoal.learners.torch import TorchLearner
 from shoal.learners.torch_devices import computing
-
-MOST_SAMPLES = 20_000
-"""How many different samples there are; beyond, clients share them, so that the population costs no memory."""
 
 BASELINES = ("loop", "spawn")
 """What an engine can be measured against."""
@@ -151,13 +148,6 @@ def _require_positive(**numbers: int) -> None:
     for name, value in numbers.items():
         if value < 1:
             raise ConfigurationError(f"{name.replace('_', '-')} must be at least 1, not {value}")
-
-
-def random_samples(model: BenchModel, count: int) -> ArrayDataset:
-    """Returns so many random samples, or as many as are kept apart."""
-    rng = np.random.default_rng(0)
-    different = min(count, MOST_SAMPLES)
-    return ArrayDataset(model.inputs(different, rng), rng.integers(CLASSES, size=different), classes=CLASSES)
 
 
 def _learner(model: BenchModel, batch_size: int, devices: Devices) -> TorchLearner:

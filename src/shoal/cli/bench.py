@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.bench_devices import devices
 from shoal.cli.exits import guarded
 from shoal.cli.launch import among_workers, launch_if_asked
 
 if TYPE_CHECKING:
     from shoal.bench import Measurement
 
-bench = typer.Typer(name="bench", help="Measure engines on this machine.", no_args_is_help=True)
+bench = typer.Typer(name="bench", help="Measure engines and devices on this machine.", no_args_is_help=True)
 
 
 def simulate(
-    model: Annotated[str, typer.Option(help="logistic, mlp, lenet, resnet18gn or transformer.")] = "lenet",
+    model: Annotated[str, typer.Option(help="logistic, mlp, mlp10m, har, lenet, resnet18gn or transformer.")] = "lenet",
     population: Annotated[int, typer.Option(help="Number of clients.")] = 1000,
     cohort: Annotated[int, typer.Option(help="Clients in a round.")] = 100,
     samples: Annotated[int, typer.Option(help="Samples of each client.")] = 50,
@@ -71,7 +72,8 @@ def simulate(
         _print_table(found)
 
 
-bench.command()(guarded(simulate))
+for command in (simulate, devices):
+    bench.command()(guarded(command))
 
 
 def _print_table(found: Measurement) -> None:

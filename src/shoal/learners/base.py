@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -244,6 +245,10 @@ class OngoingTraining(Protocol):
 
     def usage(self) -> list[tuple[float, float]]:
         """Returns each rank's peak memory in bytes, and the share of time that its device was busy; NaN: unknown."""
+        ...  # pragma: no cover
+
+    def recorded(self, path: Path) -> AbstractContextManager[None]:
+        """Returns the context in which the framework's profiler records what this rank does, into a file of JSON."""
         ...  # pragma: no cover
 
     def agreed(self, seconds: float) -> float:

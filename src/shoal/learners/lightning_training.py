@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 from shoal import trees
 from shoal.data import Dataset
+from shoal.errors import ConfigurationError
 from shoal.learners.base import never
 from shoal.learners.torch_usage import Usage
 from shoal.randomness import generator
@@ -119,6 +122,14 @@ class LightningTraining:
         """Returns this process's peak memory in bytes, and nothing known of how busy the devices were."""
         peak, _ = self._usage.read()
         return [(peak, math.nan)]
+
+    def recorded(self, path: Path) -> AbstractContextManager[None]:
+        """Refuses: the steps are in Lightning's loop, which has a profiler of its own.
+
+        Raises:
+            ConfigurationError: Always.
+        """
+        raise ConfigurationError("trace=True records steps, which Lightning takes: use trainer={'profiler': 'pytorch'}")
 
     def agreed(self, seconds: float) -> float:
         """Returns what was given."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,8 +27,9 @@ from shoal.learners.torch_ranks import Ranks, explained
 from shoal.learners.torch_step import Stepper, needs_closure
 from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, whole
 from shoal.learners.torch_tally import Tally, mean
+from shoal.learners.torch_trace import recorded
 from shoal.learners.torch_usage import Usage
-from shoal.randomness import generator
+from shoal.randomness import further_seed, generator
 from shoal.trees import flatten, nbytes, unflatten
 from shoal.types import ModelState, Params
 
@@ -154,7 +157,7 @@ class TorchTraining:
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
         learner = self._learner
-        reseed(learner.device, draw_seed(generator(self._seed, "noise", round=self.step, client=self._ranks.rank)))
+        reseed(learner.device, further_seed(self._seed, "noise", round=self.step, client=self._ranks.rank))
         if learner.schedule:
             self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
         # The strategies take the mean over the ranks.
@@ -288,6 +291,14 @@ class TorchTraining:
             WorkerError: A rank is gone.
         """
         return [(peak, busy) for peak, busy in self._ranks.gather(self._usage.read())]
+
+    def recorded(self, path: Path) -> AbstractContextManager[None]:
+        """Returns the context in which torch's profiler records what this rank does, into a file of Chrome's JSON.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        return recorded(path, self._learner.device)
 
     def agreed(self, seconds: float) -> float:
         """Returns what rank 0 says.

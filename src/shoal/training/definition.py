@@ -73,7 +73,8 @@ class Training:
     tensorboard: bool | None = None
     """Write TensorBoard events to the run folder; None: where ``tensorboardX`` is installed."""
     trace: bool = False
-    """Record some steps with torch's profiler, and write them to the run folder for Perfetto or chrome://tracing."""
+    """Record a few steps of rank 0 with torch's profiler in ``trace/rank-0.json`` of the run folder, for Perfetto or
+    chrome://tracing."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "evaluate_every", "patience", "log_every", "checkpoint_every", "keep_checkpoints"):

@@ -21,6 +21,12 @@ from shoal.training.result import BestEpoch, TrainingResult
 from shoal.training.storage import Progress, TrainingStorage
 from shoal.types import ModelState
 
+TRACE_AFTER = 5
+"""How many steps a training that is traced makes before: the first ones look for memory and kernels."""
+
+TRACE_STEPS = 5
+"""How many are recorded then; fewer where the epoch ends between them."""
+
 
 class TrainingLoop:
     """Runs a training from where its storage left it.
@@ -32,6 +38,8 @@ class TrainingLoop:
         held_out: What to measure on; None for nothing.
         storage: Where progress is kept; without a folder on ranks other than 0.
         callbacks: Told of what happens; none on ranks other than 0.
+        recording: The context of some steps where they are to be recorded; None on ranks other than 0, which only take
+            the same steps apart from the rest.
     """
 
     def __init__(
@@ -43,6 +51,7 @@ class TrainingLoop:
         *,
         storage: TrainingStorage,
         callbacks: Sequence[TrainingCallback],
+        recording: AbstractContextManager[object] | None = None,
     ) -> None:
         self._plan = plan
         self._ongoing = ongoing
@@ -50,6 +59,7 @@ class TrainingLoop:
         self._held_out = held_out
         self._storage = storage
         self._callbacks = callbacks
+        self._recording = recording
         self._alone = ongoing.ranks == 1
         rates = tuple(ongoing.rates())
         told = ongoing.restore(*storage.restore())
@@ -59,6 +69,8 @@ class TrainingLoop:
         self._best_model = self._restored_best()
         self._selection = Selection(plan.criteria(), self._progress.best)
         self._info = self._describe(rates)
+        trace_from = max(min(ongoing.step + TRACE_AFTER, ongoing.steps - TRACE_STEPS), ongoing.step)
+        self._traced = range(trace_from, trace_from + TRACE_STEPS) if plan.trace else range(0)
 
     def run(self) -> TrainingResult:
         """Takes steps until a criterion stops them.
@@ -94,7 +106,9 @@ class TrainingLoop:
         if self._plan.checkpoint_every:
             ends.append(self._plan.checkpoint_every)
         until = min(ongoing.step + end - ongoing.step % end for end in ends)
-        with self._between_steps() as stop:
+        until = min([until, *(step for step in (self._traced.start, self._traced.stop) if step > ongoing.step)])
+        recording = self._recording if ongoing.step == self._traced.start else None
+        with recording or contextlib.nullcontext(), self._between_steps() as stop:
             started = time.perf_counter()
             means, examples = ongoing.advance(until, stop)
             seconds = time.perf_counter() - started

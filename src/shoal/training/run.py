@@ -87,6 +87,8 @@ def run_training(
         resume: Go on with the training that ``run_dir`` holds.
         callbacks: Told of what happens.
     """
+    if plan.trace and run_dir is None:
+        raise ConfigurationError("trace=True writes to the run folder: name one with run_dir=…")
     data = as_dataset(plan.data)
     held_out = None if plan.evaluate is None else as_dataset(plan.evaluate)
     data.check()
@@ -104,12 +106,17 @@ def run_training(
         _check_metric(plan, held_out)
     with learner.training(data, epochs=plan.epochs, seed=plan.seed, scale_lr=plan.scale_lr) as ongoing:
         leads = ongoing.rank == 0
-        folder = None
+        folder = recording = None
         if leads and run_dir is not None:
+            if plan.trace:
+                recording = ongoing.recorded(Path(run_dir) / "trace" / "rank-0.json")
             folder = _open_folder(plan, ongoing, data, held_out, Path(run_dir), resume=resume)
         with TrainingStorage(folder, keep=plan.keep_checkpoints) as storage:
             told = callbacks if leads else ()
-            return TrainingLoop(plan, ongoing, len(data), held_out, storage=storage, callbacks=told).run()
+            loop = TrainingLoop(
+                plan, ongoing, len(data), held_out, storage=storage, callbacks=told, recording=recording
+            )
+            return loop.run()
 
 
 def _check_metric(plan: Training, held_out: Dataset) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import shoal
 from shoal.bench import MODELS, simulate
 from shoal.bench.baseline import PlainLoop, SpawnedClients
-from shoal.bench.simulate import random_samples
+from shoal.bench.models import random_samples
 from shoal.cli.main import app
 from shoal.errors import ConfigurationError
 
