@@ -26,6 +26,8 @@ def resolve(devices: Devices) -> torch.device:
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices.accelerator == "auto" and devices.ids is None and devices.strategy != "dp" and not present:
         return torch.device("cpu")
+    if not present and devices.strategy == "dp":
+        raise ConfigurationError("strategy 'dp' copies a model among CUDA devices, and there is none: use 'ddp'")
     if not present:
         raise ConfigurationError(
             f"a CUDA device was asked for, but torch {torch.__version__} sees none; "

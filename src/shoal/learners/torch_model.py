@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, cast
@@ -203,8 +203,8 @@ class BorrowedModule:
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seeds torch's generators on the CPU and on ``device``, and restores their states at the end."""
+def seeded(device: torch.device, seed: int, *others: torch.device) -> Iterator[None]:
+    """Seeds torch's generators on the CPU and on ``device``, and restores their states, and others', at the end."""
     # Not torch.random.fork_rng, which takes longer than a step of a small model.
     before = torch.get_rng_state()
     torch.default_generator.manual_seed(seed)
@@ -214,7 +214,7 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
         finally:
             torch.set_rng_state(before)
         return
-    with torch.random.fork_rng(devices=[device]), torch.cuda.device(device):
+    with torch.random.fork_rng(devices=[device, *others]), torch.cuda.device(device):
         torch.cuda.manual_seed(seed)
         try:
             yield
@@ -222,11 +222,13 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
             torch.set_rng_state(before)
 
 
-def reseed(device: torch.device, seed: int) -> None:
-    """Seeds torch's generators on the CPU and on ``device``; inside of :func:`seeded`, which undoes it."""
+def reseed(devices: Sequence[torch.device], seed: int) -> None:
+    """Seeds torch's generators on the CPU and on each of the devices; inside of :func:`seeded`, which undoes it."""
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
+    for number, device in enumerate(devices):
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed + number)  # copies of a model draw noise of their own
 
 
 def _writes(tensor: Tensor) -> int:

@@ -45,7 +45,7 @@ class SpreadModel:
             ids = list(cuda_ids(devices, torch.cuda.device_count()))
             self.call = self._evaluating = nn.DataParallel(self.module, device_ids=ids)
         elif devices.strategy == "ddp":
-            self._copy(ranks)
+            self._copy(_Calling(resident) if resident.call is not resident.module else resident.module, ranks)
         elif devices.strategy == "fsdp":
             self._divide(resident, ranks)
         current = dict(self.module.named_parameters())
@@ -65,10 +65,10 @@ class SpreadModel:
         for tensor in self.params.values():
             tensor.grad = None
 
-    def _copy(self, ranks: Ranks) -> None:
+    def _copy(self, module: nn.Module, ranks: Ranks) -> None:
         on = [ranks.device.index] if ranks.device.type == "cuda" else None
         # The gradients lie where they are sent from: no copy of them is kept.
-        copied = nn.parallel.DistributedDataParallel(self.module, device_ids=on, gradient_as_bucket_view=True)
+        copied = nn.parallel.DistributedDataParallel(module, device_ids=on, gradient_as_bucket_view=True)
         self.call = copied
 
         def sync(last: bool) -> contextlib.AbstractContextManager[object]:
@@ -105,6 +105,23 @@ class SpreadModel:
                     part.reshard()
 
         self._sync, self.drop_gathered = sync, drop_gathered
+
+
+class _Calling(nn.Module):
+    """A module whose forward pass is compiled, as a module.
+
+    Args:
+        resident: Has both.
+    """
+
+    def __init__(self, resident: ResidentModel) -> None:
+        super().__init__()
+        self.module = resident.module
+        self._call = resident.call
+
+    def forward(self, inputs: Any) -> Any:
+        """Returns what the module gives."""
+        return self._call(inputs)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -151,7 +168,9 @@ def _units(module: nn.Module) -> list[nn.Module]:
     return list(parts(module))
 
 
-def check_strategy(devices: Devices, device: torch.device, module: nn.Module, params: Mapping[str, Tensor]) -> None:
+def check_strategy(
+    devices: Devices, device: torch.device, module: nn.Module, params: Mapping[str, Tensor], *, compiles: bool = False
+) -> None:
     """Refuses what a strategy cannot do.
 
     Raises:
@@ -161,6 +180,10 @@ def check_strategy(devices: Devices, device: torch.device, module: nn.Module, pa
         raise ConfigurationError("fp16 is for CUDA devices: on a CPU use precision='bf16' or 'fp32'")
     if devices.strategy == "dp" and device.type != "cuda":
         raise ConfigurationError("strategy 'dp' copies a model among CUDA devices, and there is none: use 'ddp'")
+    if compiles and devices.strategy in {"dp", "fsdp"}:
+        raise ConfigurationError(
+            f"compile=True makes one graph of the model, which strategy {devices.strategy!r} cuts in pieces: use 'ddp'"
+        )
     kinds = {parameter.dtype for parameter in params.values()}
     if devices.strategy == "fsdp" and len(kinds) > 1:
         raise ConfigurationError(

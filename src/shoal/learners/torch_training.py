@@ -89,7 +89,10 @@ class TorchTraining:
         self._data = data
         self._seed = seed
         devices = learner.devices
-        self._per_process = len(cuda_ids(devices, torch.cuda.device_count())) if devices.strategy == "dp" else 1
+        self._devices = [learner.device]
+        if devices.strategy == "dp":
+            self._devices = [torch.device("cuda", index) for index in cuda_ids(devices, torch.cuda.device_count())]
+        self._per_process = len(self._devices)
         self.batching = Batching(
             per_device=learner.batch_size or -(-len(data) // (ranks.count * self._per_process)),
             devices=ranks.count * self._per_process,
@@ -105,7 +108,7 @@ class TorchTraining:
         resident = learner.resident
         self.model_bytes = nbytes(resident.state().merged())
         """The size of the whole model."""
-        check_strategy(devices, learner.device, resident.module, resident.params)
+        check_strategy(devices, learner.device, resident.module, resident.params, compiles=learner.compile)
         if ranks.count > 1:
             _check_optimizer(learner.optimizer(list(resident.params.values())))
         self._model = SpreadModel(resident, devices, ranks)
@@ -134,7 +137,8 @@ class TorchTraining:
         """
         learner, tally = self._learner, Tally()
         self._model.module.train()
-        with seeded(learner.device, 0), computing(learner.device, learner.devices.threads), explained():
+        quietly = seeded(learner.device, 0, *self._devices[1:])
+        with quietly, computing(learner.device, learner.devices.threads), explained():
             while self.step < until:
                 if self._epoch is None:
                     self._epoch = self._open_epoch()
@@ -157,7 +161,7 @@ class TorchTraining:
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
         learner = self._learner
-        reseed(learner.device, further_seed(self._seed, "noise", round=self.step, client=self._ranks.rank))
+        reseed(self._devices, further_seed(self._seed, "noise", round=self.step, client=self._ranks.rank))
         if learner.schedule:
             self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
         # The strategies take the mean over the ranks.
@@ -189,17 +193,17 @@ class TorchTraining:
             for start, step in zip(starts, steps, strict=True)
             for piece in step
         ]
-        learner = self._learner
-        batches = training_batches(
-            learner.samples,
-            self._data,
-            np.concatenate(picked),
-            [len(part) for part in picked],
-            workers=learner.workers,
-            device=learner.device,
-        )
+        batches = self._batches(self._data, picked)
         for step in steps:
             yield step, [next(batches) for _ in step]
+
+    def _batches(self, data: Dataset, picked: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields batches of samples on the device, read ahead where the learner says so."""
+        learner = self._learner
+        sizes = [len(part) for part in picked]
+        return training_batches(
+            learner.samples, data, np.concatenate(picked), sizes, workers=learner.workers, device=learner.device
+        )
 
     def _over_ranks(self, tally: Tally) -> tuple[dict[str, float], int]:
         """Returns the means over the examples of all ranks, and how many these are."""
@@ -259,7 +263,10 @@ class TorchTraining:
         self._align_buffers()
         learner, ranks = self._learner, self._ranks
         size = learner.eval_batch_size
-        starts = range(0, len(data), size)
+        cuts = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+        own = range(ranks.rank, -(-len(cuts) // ranks.count) * ranks.count, ranks.count)
+        picked = [cuts[number] if number < len(cuts) else cuts[0] for number in own]
+        batches = self._batches(data, picked)
         self._model.module.eval()
         with (
             seeded(learner.device, 0),
@@ -268,11 +275,9 @@ class TorchTraining:
             learner.autocast(),
             explained(),
         ):
-            for number in range(ranks.rank, -(-len(starts) // ranks.count) * ranks.count, ranks.count):
-                start = starts[number] if number < len(starts) else 0
-                indices = np.arange(start, min(start + size, len(data)))
-                inputs, targets = learner.batch(data, indices)
-                yield self._model.evaluate(inputs), targets, len(indices) if number < len(starts) else 0
+            for number, (inputs, targets) in zip(own, batches, strict=True):
+                output = self._model.evaluate(learner.transformed(inputs))
+                yield output, targets, len(targets) if number < len(cuts) else 0
 
     def _align_buffers(self) -> None:
         """Gives every rank the buffers of rank 0; running statistics are those of a rank's own part of each batch."""

@@ -12,7 +12,7 @@ import shoal
 from models import batch_norm, images
 from shoal.engines import choose_engine
 from shoal.errors import CannotStackError, ConfigurationError
-from support import Mlp, assert_equal, learner, population
+from support import Mlp, assert_equal, learner, population, samples
 
 # What torch's compiler says of torch as it is imported.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
@@ -106,3 +106,29 @@ def test_clients_of_a_compiled_model_are_not_stacked():
         "sequential",
         "engine sequential: compile=True compiles the model of one client, not of many at once",
     )
+
+
+def trained(*, compiles, strategy="single"):
+    devices = shoal.Devices(strategy, accelerator="cpu")
+    return shoal.train(
+        learner(Mlp, compile=compiles, devices=devices), samples(30), epochs=2, evaluate=samples(9, seed=1)
+    )
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp"])
+def test_a_training_on_one_device_or_on_ranks_calls_what_is_compiled(traced, strategy, monkeypatch):
+    calls, compile_ = [], torch.compile
+
+    def counting(*given, **how):
+        run = compile_(*given, **how)
+        return lambda inputs: calls.append(torch.is_grad_enabled()) or run(inputs)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    found, expected = trained(compiles=True, strategy=strategy), trained(compiles=False, strategy=strategy)
+    assert set(calls) == {True, False}  # in training and in evaluation
+    assert_equal(found.params, expected.params, atol=1e-5)
+
+
+def test_a_model_that_is_divided_is_not_compiled():
+    with pytest.raises(ConfigurationError, match="which strategy 'fsdp' cuts in pieces: use 'ddp'"):
+        trained(compiles=True, strategy="fsdp")
