@@ -7,6 +7,9 @@ import signal
 import pytest
 from hypothesis import settings
 
+# Modules beside the tests whose assertions are to be told in full.
+pytest.register_assert_rewrite("launches", "pictures")
+
 # The machine's speed is no property of the code.
 settings.register_profile("shoal", deadline=None)
 settings.load_profile("shoal")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("launches", "pictures")
-
-from hosts import linked_hosts, why_not  # noqa: E402
-from launches import one_process, wait_for  # noqa: E402 - its assertions are to be rewritten
-from nursery import Nursery  # noqa: E402
+from hosts import linked_hosts, why_not
+from launches import one_process, wait_for
+from nursery import Nursery
 
 
 @pytest.fixture(scope="session")

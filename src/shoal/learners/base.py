@@ -264,7 +264,7 @@ class OngoingTraining(Protocol):
         ...  # pragma: no cover
 
     def state(self) -> tuple[Params, dict[str, Any]]:
-        """Returns all that a crash must not lose, as arrays on the CPU and JSON."""
+        """Returns all that a crash must not lose, as arrays on the CPU and JSON; the arrays on rank 0 alone."""
         ...  # pragma: no cover
 
     def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:

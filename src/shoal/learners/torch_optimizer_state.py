@@ -15,13 +15,14 @@ PREFIX = "optimizer"
 
 
 def pack_optimizer(
-    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns an optimizer's state; every rank must ask.
 
     Args:
         optimizer: Over some of the parameters.
         params: The parameters by name.
+        keep: Whether the tensors are wanted here, and not only on another rank.
 
     Returns:
         Tensors named ``optimizer/PARAMETER/KEY``, and JSON.
@@ -34,7 +35,9 @@ def pack_optimizer(
     for name, parameter in params.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{PREFIX}/{name}/{key}"] = whole(value.detach()).cpu().clone()
+                gathered = whole(value.detach())
+                if keep:
+                    tensors[f"{PREFIX}/{name}/{key}"] = gathered.cpu().clone()
             elif value is None or isinstance(value, bool | int | float):
                 numbers.setdefault(name, {})[key] = value
             else:

@@ -130,14 +130,6 @@ class Ranks:
         """
         tensor.copy_(self._from_leader(tensor))
 
-    def wait(self) -> None:
-        """Returns when all ranks have come here.
-
-        Raises:
-            WorkerError: A rank is gone.
-        """
-        self.gather([0.0])
-
 
 @contextmanager
 def joined(devices: Devices) -> Iterator[Ranks]:

@@ -315,21 +315,33 @@ class TorchTraining:
 
     def model(self) -> ModelState:
         """Returns copies of the whole model's arrays, on the CPU; every rank must ask."""
+        return self._gathered(keep=True)
+
+    def _gathered(self, *, keep: bool) -> ModelState:
+        """Returns the whole model, or nothing where only the other ranks want it."""
         self._align_buffers()
-        resident = self._learner.resident
-        parts = (self._model.params, resident.buffers, self._constants())
-        trees = [{name: whole(array.detach()).cpu().clone() for name, array in part.items()} for part in parts]
-        return ModelState(params=trees[0], buffers=trees[1], constants=trees[2])
+
+        def gathered(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = ((name, whole(array.detach())) for name, array in arrays.items())
+            return {name: array.cpu().clone() for name, array in found if keep}
+
+        buffers = self._learner.resident.buffers
+        return ModelState(
+            params=gathered(self._model.params), buffers=gathered(buffers), constants=gathered(self._constants())
+        )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns all that a crash must not lose, as tensors on the CPU and JSON; every rank must ask.
 
+        The tensors are on rank 0 alone, which writes them.
+
         Raises:
             ConfigurationError: The optimizer keeps something that is neither numbers nor tensors.
         """
-        kept, optimizer = pack_optimizer(self._optimizer, self._model.params)
+        kept, optimizer = pack_optimizer(self._optimizer, self._model.params, keep=self._ranks.leads)
         scaler = None if self._scaler is None else self._scaler.state_dict()
-        return _flat(self.model()) | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
+        model = self._gathered(keep=self._ranks.leads)
+        return _flat(model) | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
 
     def put(self, model: ModelState | None) -> None:
         """Replaces the model's arrays by those that rank 0 gives; the others give None."""

@@ -61,6 +61,7 @@ class TrainingLoop:
         self._callbacks = callbacks
         self._recording = recording
         self._alone = ongoing.ranks == 1
+        self._stores = bool(ongoing.agreed(float(storage.path is not None)))
         rates = tuple(ongoing.rates())
         told = ongoing.restore(*storage.restore())
         self._progress = Progress.from_json(told["run"]) if told else Progress()
@@ -178,7 +179,7 @@ class TrainingLoop:
     def _save(self) -> None:
         """Writes a checkpoint; every rank takes part in it."""
         ongoing = self._ongoing
-        if ongoing.step in {self._saved_step, 0}:
+        if not self._stores or ongoing.step in {self._saved_step, 0}:
             return
         tensors, meta = ongoing.state()
         with self._saving():

@@ -106,7 +106,7 @@ def test_a_disk_that_fills_up_stops_the_run_and_room_lets_it_go_on(tmp_path):
         assert full.returncode == 1
         assert full.stderr.count("\n") == 1, full.stderr
         assert "could not be written: the disk is full" in full.stderr
-        kept = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
+        kept = sorted(path.name for path in (disk / "run/checkpoints").iterdir() if not path.is_symlink())
         assert all(name.startswith("round-") for name in kept), kept
         done = int(kept[-1].removeprefix("round-"))
         assert done >= 3
