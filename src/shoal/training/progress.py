@@ -107,7 +107,7 @@ def _rates_in_words(training: TrainingInfo) -> str:
 
 
 def _class_table(result: TrainingResult) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, title="held-out data by class", title_justify="left", title_style="bold")
     for name in ("class", "precision", "recall", "f1", "examples"):
         table.add_column(name, justify="right")
     for report in result.classes:
