@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from launches import free_port, wait_for
+from shoal.cli.main import main
 from support import timeless
 
 EXPERIMENT = Path(__file__).parent.parent / "trainings.py"
@@ -242,11 +243,15 @@ def test_two_nodes_equal_one(reference, tmp_path):
         (["none.py"], "there is no experiment file none.py"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(tmp_path, arguments, told):
-    done = train(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capfd, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["shoal", "train", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capfd.readouterr().err
+    assert told in said
+    assert len(said.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
