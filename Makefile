@@ -14,7 +14,7 @@ demo: $(VENV)/demo  ## install and federate a small CNN over 100 clients
 	$(BIN)/shoal demo
 
 test: $(VENV)/test lint types  ## install and run the whole check
-	$(BIN)/pytest -n auto --maxprocesses 4
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
 
 quick: $(VENV)/test  ## the tests that take no more than a few seconds each
 	$(BIN)/pytest -m "not slow"

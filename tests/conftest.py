@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 
 import pytest
 from hypothesis import settings
+
+# Tests that run side by side have a core each: torch's threads would wait for those of the others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Modules beside the tests whose assertions are to be told in full.
 pytest.register_assert_rewrite("launches", "pictures")

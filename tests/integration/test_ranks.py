@@ -83,7 +83,8 @@ def measured(found):
     return [[record["loss"], record["accuracy"]] for record in found["history"]]
 
 
-pytestmark = pytest.mark.slow
+# One process makes the results for all of them.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -148,7 +149,7 @@ class TestRanks:
 def test_fsdp_is_ddp_in_parts(results, world, name):
     parts, copies = (results[world][0][f"{name}, {strategy}"] for strategy in ("fsdp", "ddp"))
     # A BatchNorm over two examples makes much of rounding.
-    assert_close(parts["last"], copies["last"], atol={"bf16": 5e-3, "buffers": 2e-4}.get(name, 1e-6))
+    assert_close(parts["last"], copies["last"], atol={"bf16": 5e-3, "buffers": 2e-4, "dropout": 1e-5}.get(name, 1e-6))
 
 
 SLOW = {"name": "slow", "kind": "slow", "checkpoint_every": 2, "log_every": 1, "epochs": 5}
