@@ -45,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ShoalError, KeyboardInterrupt) as error:
         # Each process says it: a launcher may end the others before they can.
         rank = f"rank {place.rank}: " if place else ""
+        sys.stdout.flush()  # in a file or a pipe, what was said before comes before
         print(f"main_multi_gpu.py: {rank}{str(error) or 'stopped'}", file=sys.stderr)
         if isinstance(error, KeyboardInterrupt):
             return TERMINATED if by_sigterm(error) else INTERRUPTED

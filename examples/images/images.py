@@ -91,6 +91,7 @@ def told_in_one_line(place: Launched | None = None) -> Iterator[None]:
     try:
         yield
     except ShoalError as error:
+        sys.stdout.flush()  # in a file or a pipe, what was said before comes before
         print(f"{who}: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ConfigurationError) else 1)
     except KeyboardInterrupt as interrupt:
