@@ -218,17 +218,11 @@ def table(options: argparse.Namespace) -> None:
         for strategy in ("single",) if options.device == "cuda" else ("single", "ddp"):
             found = run(options, model, strategy)
             memory = [run(options, model, strategy, alone=which)["peak"] / 2**20 for which in ("own", "shoal")]
-            ratios = []
-            for name in ("ratios", "cpu_ratios"):
-                low, middle, high = statistics.quantiles(found[name])
-                ratios.append(f"{middle:.3f} ({low:.3f}–{high:.3f})")
+            quarters = [statistics.quantiles(found[name]) for name in ("ratios", "cpu_ratios")]
+            time_ratio, cpu_ratio = (f"{middle:.3f} ({low:.3f}–{high:.3f})" for low, middle, high in quarters)
             speeds = [f"{found[which]:.1f}" for which in ("own", "shoal")]
             cells = [model, "2 ranks, ddp" if strategy == "ddp" else strategy, options.precision, *speeds]
-            cells += [
-                f"{middle:.3f} ({low:.3f}–{high:.3f})",
-                str(WANTED[strategy]),
-                *(f"{each:.0f}" for each in memory),
-            ]
+            cells += [time_ratio, str(WANTED[strategy]), cpu_ratio, *(f"{each:.0f}" for each in memory)]
             print("|", " | ".join(cells), "|", flush=True)
 
 
