@@ -5,7 +5,7 @@ from shoal.runs.files import write_json
 from shoal.runs.folder import RunData, RunFolder, is_run, read_run
 from shoal.runs.interrupts import deferred
 from shoal.runs.metrics import TIME_KEYS, USAGE_KEYS, MetricsLog, read_metrics
-from shoal.runs.report import write_report
+from shoal.runs.report import report_on, write_report
 from shoal.runs.selection import Choice, Criteria, Selection
 from shoal.runs.trackers import TensorBoardTracker, Tracker, require_tensorboard
 from shoal.runs.writer import RunWriter, environment
@@ -29,6 +29,7 @@ __all__ = [
     "is_run",
     "read_metrics",
     "read_run",
+    "report_on",
     "require_tensorboard",
     "save_model",
     "write_json",

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from shoal.errors import RunFolderError
+from shoal.errors import ConfigurationError, RunFolderError
 from shoal.runs.facts import Fact, facts
 from shoal.runs.federation_plots import federation_plots
 from shoal.runs.figures import Plot, require_plotly
@@ -56,6 +56,17 @@ def _require_one_kind(runs: Sequence[RunData]) -> None:
             f"{by_unit['epoch']} is a training and {by_unit['round']} a federation, whose epochs and rounds cannot be "
             "compared: make one report of the trainings and one of the federations"
         )
+
+
+def report_on(run_dir: Path | None, target: str | Path | None) -> Path:
+    """Draws the page of a result's own run; ``target`` as for :func:`write_report`.
+
+    Raises:
+        ConfigurationError: The run has no folder to report on.
+    """
+    if run_dir is None:
+        raise ConfigurationError("a report is drawn from a run's folder, and this run has none: pass run_dir=…")
+    return write_report([run_dir], None if target is None else Path(target))
 
 
 def _page(runs: Sequence[RunData], figures: Sequence[Plot]) -> str:

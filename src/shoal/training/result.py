@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.errors import ConfigurationError
-from shoal.runs import write_report
+from shoal.runs import report_on
 from shoal.types import Params
 
 
@@ -71,6 +70,4 @@ class TrainingResult:
             ConfigurationError: The run has no folder to report on.
             MissingExtraError: The plotting library is not installed.
         """
-        if self.run_dir is None:
-            raise ConfigurationError("a report is drawn from a run's folder, and this run has none: pass run_dir=…")
-        return write_report([self.run_dir], None if target is None else Path(target))
+        return report_on(self.run_dir, target)
