@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from shoal.federation.callbacks import Callback, Record, RunInfo
+from shoal.runs.bars import run_bars
 
 if TYPE_CHECKING:
     from shoal.federation.result import FederationResult
@@ -25,16 +24,7 @@ class Progress(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+        self._bars = run_bars(self._console)
         self._rounds = self._bars.add_task("round", start=False, told="")
         self._total = 0
         self._told = ""

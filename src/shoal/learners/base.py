@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -147,28 +148,21 @@ class StackableLearner(Learner, Protocol):
         ...  # pragma: no cover
 
 
-class Batching(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Batching:
     """How large a step of a training is."""
 
-    @property
-    def per_device(self) -> int:
-        """Examples that a device computes at a time."""
-        ...  # pragma: no cover
-
-    @property
-    def devices(self) -> int:
-        """How many devices there are."""
-        ...  # pragma: no cover
-
-    @property
-    def accumulate(self) -> int:
-        """How many batches on each device make a step."""
-        ...  # pragma: no cover
+    per_device: int
+    """Examples that a device computes at a time."""
+    devices: int
+    """How many devices there are."""
+    accumulate: int
+    """How many batches on each device make a step."""
 
     @property
     def effective(self) -> int:
         """Examples in a step."""
-        ...  # pragma: no cover
+        return self.per_device * self.devices * self.accumulate
 
 
 def never() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ import torch
 from shoal import trees
 from shoal.data import Dataset
 from shoal.errors import ConfigurationError
-from shoal.learners.base import never
+from shoal.learners.base import Batching, never
 from shoal.learners.torch_usage import Usage
 from shoal.randomness import generator
 from shoal.types import Broadcast, ModelState, Params
@@ -24,23 +23,6 @@ if TYPE_CHECKING:
     from shoal.learners.lightning import LightningLearner
 
 CARRIED = "carried"
-
-
-@dataclass(frozen=True, kw_only=True)
-class LightningBatching:
-    """How large a step is."""
-
-    per_device: int
-    """Examples that a device computes at a time."""
-    devices: int
-    """How many devices there are."""
-    accumulate: int
-    """How many batches on each device make a step."""
-
-    @property
-    def effective(self) -> int:
-        """Examples in a step."""
-        return self.per_device * self.devices * self.accumulate
 
 
 class LightningTraining:
@@ -59,7 +41,7 @@ class LightningTraining:
         """Which rank this is."""
         self.ranks = 1
         """How many processes call this; those that the trainer starts do not count."""
-        self.batching = LightningBatching(
+        self.batching = Batching(
             per_device=learner.batch_size or -(-len(data) // devices),
             devices=devices,
             accumulate=int(learner.trainer.get("accumulate_grad_batches", 1)),

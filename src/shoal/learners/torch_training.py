@@ -6,7 +6,6 @@ import gc
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from shoal.data import Dataset
 from shoal.errors import ConfigurationError, DataError
-from shoal.learners.base import never
+from shoal.learners.base import Batching, never
 from shoal.learners.batches import Piece, draw_order, draw_seed, pieces
 from shoal.learners.torch_devices import computing, cuda_ids
 from shoal.learners.torch_loading import training_batches
@@ -35,23 +34,6 @@ from shoal.types import ModelState, Params
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batching:
-    """How large a step is."""
-
-    per_device: int
-    """Examples that a device computes at a time."""
-    devices: int
-    """How many devices there are."""
-    accumulate: int
-    """How many batches on each device make a step."""
-
-    @property
-    def effective(self) -> int:
-        """Examples in a step."""
-        return self.per_device * self.devices * self.accumulate
 
 
 class TorchTraining:

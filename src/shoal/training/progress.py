@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 from rich.table import Table
 
+from shoal.runs.bars import run_bars
 from shoal.training.callbacks import Progressed, Record, TrainingCallback, TrainingInfo
 
 if TYPE_CHECKING:
@@ -28,17 +27,7 @@ class TrainingProgress(TrainingCallback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
-        self._bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[told]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            speed_estimate_period=120,
-        )
+        self._bars = run_bars(self._console, speed_over=120.0)
         self._steps = self._bars.add_task("step", start=False, told="")
         self._epochs = 0
 
