@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import statistics
 import time
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 from shoal.bench.baseline import LEARNING_RATE, SPAWNED, PlainLoop, SpawnedClients
 from shoal.bench.models import MODELS, BenchModel, random_samples
 from shoal.data import ArrayDataset, Population
-from shoal.devices import Devices
+from shoal.devices import Devices, Launched
 from shoal.engines import DistributedEngine, Engine, ProcessEngine, VectorizedEngine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation import Experiment
@@ -172,7 +171,8 @@ def _baseline(
     inputs, targets = (torch.from_numpy(array).to(learner.device) for array in (data.inputs, data.targets()))
     table = torch.from_numpy(clients).to(learner.device)
     loop = PlainLoop(learner.model().to(learner.device), inputs, targets, table, batch_size)
-    threads = (learner.devices.threads or torch.get_num_threads()) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    beside = (Launched.here() or Launched.alone()).local_count
+    threads = (learner.devices.threads or torch.get_num_threads()) * beside
 
     def round() -> float:
         with computing(learner.device, threads):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import ParamSpec
 
 import typer
 
+from shoal.cli.child import LAUNCHER
 from shoal.errors import ClientError, ConfigurationError, ShoalError, Terminated, by_sigterm
 
 FAILED, REFUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
@@ -70,6 +72,8 @@ def exit_code(error: BaseException) -> int:
 
 def _report(error: KeyboardInterrupt | ShoalError) -> None:
     if isinstance(error, KeyboardInterrupt):
+        if not str(error) and LAUNCHER in os.environ:
+            return  # the launcher ended this process, and says why
         print(f"\nshoal: {str(error) or 'stopped before it began'}", file=sys.stderr)
         return
     if isinstance(error, ClientError) and error.__cause__ is not None:

@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 
 import typer
 
+from shoal.cli.child import LAUNCHER, end_with_launcher
 from shoal.cli.exits import FAILED, exit_code
-from shoal.errors import ConfigurationError, Terminated
-
-LAUNCHER = "SHOAL_LAUNCHER"
-"""Set in the environment of the processes that :func:`launch` starts."""
+from shoal.devices import Launched, cores_each
+from shoal.errors import ConfigurationError
 
 GRACE = 8.0
 """Seconds that the other workers have to notice that one has ended, to save their state and to say so."""
@@ -41,7 +40,7 @@ def launch_if_asked(workers: int | None, *, max_restarts: int = 0) -> None:
     """
     if LAUNCHER in os.environ or (workers is None and not max_restarts):
         return
-    if "RANK" in os.environ:
+    if Launched.here() is not None:
         raise ConfigurationError(
             "a launcher such as torchrun has started the workers already: leave --workers out, "
             "and give --max-restarts to the launcher"
@@ -79,7 +78,7 @@ class _Launch:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "TORCHELASTIC_RESTART_COUNT": str(restarts),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(_threads(workers))),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores_each(workers))),
             LAUNCHER: str(os.getpid()),
         }
         command = [sys.executable, "-m", "shoal", *arguments]
@@ -169,25 +168,9 @@ def among_workers() -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from error
 
 
-def end_with_launcher() -> None:
-    """Lets the system end this process when its launcher ends, however that ends."""
-    if LAUNCHER not in os.environ:
-        return
-    import ctypes
-
-    set_parent_death_signal = 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != int(os.environ[LAUNCHER]):
-        raise Terminated
-
-
 def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
-
-
-def _threads(workers: int) -> int:
-    return max(len(os.sched_getaffinity(0)) // workers, 1)
 
 
 def _say(text: str) -> None:

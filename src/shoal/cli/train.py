@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.child import LAUNCHER, end_with_launcher
 from shoal.cli.devices import AskedDevices, parse_ids
 from shoal.cli.exits import REFUSED
-from shoal.cli.launch import LAUNCHER, end_with_launcher
 from shoal.cli.runs import in_new_folder, new_folders, reserved_folder, resume_command
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, RunInterrupted
@@ -132,8 +132,8 @@ def _launch(processes: int, nodes: Nodes | None, run_dir: Path | None, name: str
         launch_ranks(command, processes=processes, nodes=nodes)
     except RanksFailedError as error:
         failure = error.failure
-        if failure.rank != 0:  # rank 0 was heard already
-            print("\n".join(failure.lines), file=sys.stderr)
+        for line in failure.unheard:
+            print(f"rank {failure.rank}: {line}", file=sys.stderr)
         if failure.code == REFUSED:
             return REFUSED
         raise

@@ -31,6 +31,11 @@ class Launched:
     """Where they meet on it."""
 
     @classmethod
+    def alone(cls) -> Self:
+        """Returns the place of a process that no launcher has started."""
+        return cls(rank=0, count=1, local_rank=0, local_count=1, address="", port=0)
+
+    @classmethod
     def here(cls) -> Self | None:
         """Returns what torchrun or Slurm says of this process; None where no launcher has started several.
 

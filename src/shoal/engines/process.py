@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from shoal.data import Dataset, Population, Subset
-from shoal.devices import Devices
+from shoal.devices import Devices, Launched, cores_each
 from shoal.engines.base import ClientResult, ClientTask
 from shoal.engines.fork_server import Limits, serve
 from shoal.engines.forking import ending
@@ -206,7 +206,7 @@ class ProcessEngine:
 
 
 def _cores() -> int:
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return cores_each((Launched.here() or Launched.alone()).local_count)
 
 
 def _hand_over(link: ServerLink, message: Message, pack: Callable[[], int]) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined] # no stub says they are public
 
+from shoal.devices import Launched
 from shoal.engines.control import SILENCE
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.torch_network import gloo_over
@@ -33,11 +34,11 @@ PIECE = 1 << 26
 """Bytes that are copied at a time: torch sees no progress within one copy."""
 
 
-def meeting_place(rank: int, deadline: float) -> Store:
+def meeting_place(place: Launched, deadline: float) -> Store:
     """Returns the store through which the workers of a launcher such as torchrun find each other.
 
     Args:
-        rank: This worker's.
+        place: This worker's.
         deadline: On the clock of ``time.monotonic``.
 
     Raises:
@@ -46,8 +47,8 @@ def meeting_place(rank: int, deadline: float) -> Store:
     """
     if not dist.is_available():
         raise ConfigurationError(f"torch {torch.__version__} was built without torch.distributed: use another build")
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    keeps = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun itself does
+    host, port = place.address, place.port
+    keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun itself does
     if not keeps:
         _wait_for(host, port, deadline)
     try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from shoal import trees
 from shoal.description import differences
+from shoal.devices import Launched
 from shoal.engines.accounts import told
 from shoal.engines.control import SILENCE, Control, Message, is_loopback
 from shoal.engines.reception import Reception, call_on, introduction
@@ -31,13 +32,11 @@ LEAVE = 5.0
 NEWS = 0.5
 """Seconds in which the end of another worker may show as the reason for a signal to this one."""
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher sets in the environment of each worker."""
-
 
 def launched_workers() -> int:
     """Returns how many workers a launcher has started, this process among them; 0 where none has."""
-    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 0
+    place = Launched.here()
+    return place.count if place else 0
 
 
 def restarted() -> bool:
@@ -52,14 +51,14 @@ class Workers:
     theirs, wherever this one is.
 
     Args:
-        rank: Which worker this is.
-        count: How many there are.
+        place: This worker's among those that a launcher has started; None for one alone.
     """
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank = rank
-        self.count = count
-        self.speaks = rank == 0
+    def __init__(self, place: Launched | None = None) -> None:
+        self._place = place or Launched.alone()
+        self.rank = self._place.rank
+        self.count = self._place.count
+        self.speaks = self.leads
         """Whether it is this worker that tells the user of an error: the leader, or another if that cannot."""
         self._ended = False
         self._control: Control | None = None
@@ -87,7 +86,7 @@ class Workers:
     def here(cls) -> Workers:
         """Returns this process among the workers that a launcher has started, whether or not it has met them."""
         if not _here:
-            _here.append(cls(int(os.environ["RANK"]), launched_workers()))
+            _here.append(cls(Launched.here()))
         return _here[0]
 
     @property
@@ -219,7 +218,7 @@ class Workers:
 
     def _is_first_here(self) -> bool:
         """Tells whether this is the first worker of its machine beside the leader."""
-        local = int(os.environ.get("LOCAL_RANK", "0"))
+        local = self._place.local_rank
         return local == (1 if local == self.rank else 0)
 
     def _meet(self, deadline: float) -> None:
@@ -227,13 +226,13 @@ class Workers:
         from shoal.engines.torch_group import meeting_place, told_in
 
         try:
-            self._store = meeting_place(self.rank, deadline)
+            self._store = meeting_place(self._place, deadline)
             if not self.leads:
                 where = json.loads(told_in(self._store, "reception", deadline))
-                self._control = call_on(where, os.environ["MASTER_ADDR"], self.rank, deadline)
+                self._control = call_on(where, self._place.address, self.rank, deadline)
                 return
             self._control = Control()
-            with self, Reception(os.environ["MASTER_ADDR"], self.count - 1) as reception:
+            with self, Reception(self._place.address, self.count - 1) as reception:
                 where = {"port": reception.port, "password": reception.password, **introduction()}
                 self._store.set("reception", json.dumps(where))
                 reception.receive(self._control, deadline)

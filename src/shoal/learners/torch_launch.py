@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shoal.devices import cores_each
 from shoal.errors import Terminated, WorkerError
 
 MEETING = 300
@@ -24,6 +25,9 @@ SHUTDOWN = 10
 
 LINES = 20
 """How many of a failed rank's last lines are shown."""
+
+ENDED = (-signal.SIGTERM, 128 + signal.SIGTERM)
+"""Exit codes of a rank that the launcher has ended."""
 
 LOST = "another rank is gone"
 """What a rank says that fails because another did."""
@@ -53,11 +57,13 @@ class RankFailure:
     """Its exit code; negative: the signal that ended it."""
     lines: tuple[str, ...]
     """The last lines that it wrote to standard error."""
+    unheard: tuple[str, ...] = ()
+    """Those of them that rank 0, which is heard at once, has not written too."""
 
     @property
     def by_others(self) -> bool:
         """Whether it ended because another rank did."""
-        return self.code == -signal.SIGTERM or any(LOST in line for line in self.lines)
+        return self.code in ENDED or any(LOST in line for line in self.lines)
 
     def __str__(self) -> str:
         how = f"ended with exit code {self.code}"
@@ -102,7 +108,8 @@ def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None 
         try:
             elastic_launch(_config(processes, nodes, Path(logs)), command[0])(*command[1:])
         except ChildFailedError as error:
-            raise RanksFailedError(_first_cause(error.failures, Path(logs))) from error
+            cause = _first_cause(error.failures, Path(logs), first=_has_leader(nodes))
+            raise RanksFailedError(cause) from error
         except SignalException as error:
             ended = Terminated if error.sigval == signal.SIGTERM else KeyboardInterrupt
             raise ended("all ranks have ended") from error
@@ -111,11 +118,16 @@ def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None 
             raise WorkerError(f"{where} within {MEETING} seconds: {str(error).splitlines()[0]}") from error
 
 
+def _has_leader(nodes: Nodes | None) -> bool:
+    """Tells whether this machine has rank 0."""
+    return nodes is None or nodes.rank == 0
+
+
 def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
-    first = nodes is None or nodes.rank == 0
+    first = _has_leader(nodes)
     quiet = dict.fromkeys(range(processes), Std.ALL) | ({0: Std.ERR} if first else {})
     count = nodes.count if nodes else 1
     settings: dict[str, Any] = {
@@ -141,12 +153,20 @@ def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
     return LaunchConfig(**{name: value for name, value in settings.items() if name in known})
 
 
-def _first_cause(failures: Any, logs: Path) -> RankFailure:
-    """Returns the failure that the others follow from: a rank that was killed, else one that did not lose another."""
-    found = [
-        RankFailure(rank=rank, pid=failure.pid, code=failure.exitcode, lines=_last_lines(logs, failure.local_rank))
-        for rank, failure in failures.items()
-    ]
+def _first_cause(failures: Any, logs: Path, *, first: bool) -> RankFailure:
+    """Returns the failure that the others follow from: a rank that was killed, else one that did not lose another.
+
+    Args:
+        failures: The launcher's, by rank.
+        logs: Where the ranks' standard error is kept.
+        first: Whether this machine has rank 0.
+    """
+    heard = _last_lines(logs, 0) if first else ()
+    found = []
+    for rank, failure in failures.items():
+        lines = _last_lines(logs, failure.local_rank)
+        unheard = tuple(line for line in lines if line not in heard)
+        found.append(RankFailure(rank=rank, pid=failure.pid, code=failure.exitcode, lines=lines, unheard=unheard))
     return min(found, key=lambda failure: (failure.by_others, failure.code >= 0, failure.rank))
 
 
@@ -180,7 +200,7 @@ def _threads(processes: int) -> Iterator[None]:
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(max(len(os.sched_getaffinity(0)) // processes, 1))
+    os.environ[name] = str(cores_each(processes))
     try:
         yield
     finally:

@@ -149,8 +149,7 @@ def joined(devices: Devices) -> Iterator[Ranks]:
         yield Ranks(device=resolve(devices))
         return
     _check_count(devices, place)
-    if place is None:  # one device: a group of one, so that the strategy is what was asked for
-        place = Launched(rank=0, count=1, local_rank=0, local_count=1, address="", port=0)
+    place = place or Launched.alone()  # one device: a group of one, so that the strategy is what was asked for
     device = resolve(devices)
     if device.type == "cuda":
         torch.cuda.set_device(device)

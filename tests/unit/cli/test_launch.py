@@ -178,6 +178,9 @@ def test_after_an_interruption_nobody_waits_for_ever(workers, interrupt, monkeyp
     assert workers("trap '' TERM; while :; do sleep 0.05; done") == 143
 
 
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
 @pytest.mark.parametrize(
     ("environment", "asked", "message"),
     [
@@ -185,8 +188,8 @@ def test_after_an_interruption_nobody_waits_for_ever(workers, interrupt, monkeyp
         ({}, (-2, 0), "--workers must be ≥ 1"),
         ({}, (2, -1), "--max-restarts ≥ 0, not 2 and -1"),
         ({}, (None, 1), "--max-restarts starts failed workers again: say how many with --workers"),
-        ({"RANK": "0"}, (2, 0), "torchrun has started the workers already: leave --workers out"),
-        ({"RANK": "0"}, (None, 2), "give --max-restarts to the launcher"),
+        (TORCHRUN, (2, 0), "torchrun has started the workers already: leave --workers out"),
+        (TORCHRUN, (None, 2), "give --max-restarts to the launcher"),
     ],
 )
 def test_what_cannot_be_asked_for_is_refused(environment, asked, message, monkeypatch):

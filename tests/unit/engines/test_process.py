@@ -422,7 +422,9 @@ def test_threads_are_shared_among_the_children_unless_the_user_says_otherwise(mo
     ):
         with opened(MeanLearner(devices=devices), 1, max_concurrent=concurrent) as (_, start):
             assert next(start()).update.metrics["threads"] == threads
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of a launcher that has started four of this process
+    launcher = {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+    for name, value in launcher.items():  # of a launcher that has started four of this process
+        monkeypatch.setenv(name, str(value))
     with opened(MeanLearner(), 6) as (_, start):
         results = start()
         assert next(results).update.metrics["threads"] == 1

@@ -1,0 +1,10 @@
+"""The CPU cores of this machine, divided among processes that compute side by side."""
+
+from __future__ import annotations
+
+import os
+
+
+def cores_each(processes: int) -> int:
+    """Returns how many of the cores that this process may use each of several processes has, at least 1."""
+    return max(len(os.sched_getaffinity(0)) // processes, 1)
