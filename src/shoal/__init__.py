@@ -20,11 +20,12 @@ if TYPE_CHECKING:
     from shoal import data, engines, errors
     from shoal.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from shoal.devices import Devices
-    from shoal.federation import Callback, Experiment, FederationResult, Progress, federate, run_experiment
+    from shoal.federation import Callback, Experiment, FederationResult, Job, Progress, federate, run_experiment
     from shoal.learners.lightning import LightningLearner
     from shoal.learners.schedules import WarmupCosine
     from shoal.learners.torch import TorchLearner, scale_pixels
     from shoal.runs import write_report
+    from shoal.sites import Deadlines, Site
     from shoal.training import (
         Training,
         TrainingCallback,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Broadcast",
     "Callback",
+    "Deadlines",
     "Devices",
     "Experiment",
     "FedAdagrad",
@@ -47,10 +49,12 @@ __all__ = [
     "FedProx",
     "FedYogi",
     "FederationResult",
+    "Job",
     "LightningLearner",
     "LocalObjective",
     "ModelState",
     "Progress",
+    "Site",
     "TorchLearner",
     "Training",
     "TrainingCallback",
@@ -73,7 +77,8 @@ __all__ = [
 _HOMES = {
     "shoal.algorithms": ("FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedProx", "FedYogi"),
     "shoal.devices": ("Devices",),
-    "shoal.federation": ("Callback", "Experiment", "FederationResult", "Progress", "federate", "run_experiment"),
+    "shoal.federation": ("Callback", "Experiment", "FederationResult", "Job", "Progress", "federate", "run_experiment"),
+    "shoal.sites": ("Deadlines", "Site"),
     "shoal.learners.lightning": ("LightningLearner",),
     "shoal.learners.torch": ("TorchLearner", "scale_pixels"),
     "shoal.learners.schedules": ("WarmupCosine",),

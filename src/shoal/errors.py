@@ -10,6 +10,7 @@
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
     ├── ClientError (RuntimeError)          more clients failed than the run allows
     ├── WorkerError (RuntimeError)          another worker of a distributed run failed or is gone
+    ├── SiteError (RuntimeError)            a site failed; a note holds the last lines of its log
     ├── EngineError (RuntimeError)          a process that clients train in, or are started from, is gone
     ├── NonFiniteError (ArithmeticError)    the server step would have made the global model NaN or infinite
     ├── CheckpointError (RuntimeError)      a checkpoint cannot be read, and no older one either
@@ -65,6 +66,10 @@ class ClientError(ShoalError, RuntimeError):
 
 class WorkerError(ShoalError, RuntimeError):
     """Another worker of a distributed run failed or is gone; the message says which, a note holds its traceback."""
+
+
+class SiteError(ShoalError, RuntimeError):
+    """A site failed: the message says which, which of its ranks, and how; a note holds the last lines of its log."""
 
 
 class EngineError(ShoalError, RuntimeError):

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 from shoal.data import Dataset
 from shoal.engines.base import ClientResult
-from shoal.engines.forking import LOOK, die_with, flush_output, fork, in_new_thread
-from shoal.engines.messages import Message, channel, receive, send
 from shoal.engines.parcels import in_words, pack_result, unpack_broadcast, unpack_task
 from shoal.engines.sequential import attempt
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
+from shoal.processes.forking import LOOK, die_with, flush_output, fork, in_new_thread
+from shoal.processes.messages import Message, channel, receive, send
 from shoal.types import Broadcast
 
 LEAVE = 10.0

@@ -13,12 +13,12 @@ from shoal.data import Dataset, Population, Subset
 from shoal.devices import Devices, Launched, cores_each
 from shoal.engines.base import ClientResult, ClientTask
 from shoal.engines.fork_server import Limits, serve
-from shoal.engines.forking import ending
-from shoal.engines.messages import Message
 from shoal.engines.parcels import pack_broadcast, pack_task, unpack_result
 from shoal.engines.server_link import ServerLink
 from shoal.errors import ClientError, ConfigurationError, EngineError
 from shoal.learners.base import Learner
+from shoal.processes.forking import ending
+from shoal.processes.messages import Message
 from shoal.types import Broadcast
 
 START = 120.0

@@ -9,9 +9,9 @@ import socket
 import time
 from collections.abc import Callable
 
-from shoal.engines.forking import LOOK, ending, fork
-from shoal.engines.messages import Message, channel, receive, send
 from shoal.errors import EngineError
+from shoal.processes.forking import LOOK, ending, fork
+from shoal.processes.messages import Message, channel, receive, send
 
 PATIENCE = 10.0
 """Seconds that the server may take to end, or to read a message."""

@@ -7,7 +7,6 @@ arrays' bytes in C order, each array from a multiple of 64 on.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import mmap
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from shoal.processes.tensors import anonymous_file
 from shoal.types import Array, Params
 
 PREFIX = 8
@@ -24,8 +24,6 @@ PREFIX = 8
 
 ALIGNMENT = 64
 """Where arrays begin: as aligned as the frameworks' own memory, so that kernels run as they would there."""
-
-MFD_CLOEXEC = 1
 
 
 class _Entry(NamedTuple):
@@ -65,7 +63,7 @@ def write_shared(meta: Mapping[str, Any], trees: Mapping[str, Params]) -> int:
             end = _aligned(end) + data.nbytes
             parts.append(data)
     header = json.dumps({"meta": meta, "arrays": entries}).encode()
-    fd = _anonymous_file("shoal")
+    fd = anonymous_file("shoal")
     try:
         with open(fd, "wb", closefd=False) as file:
             file.write(len(header).to_bytes(PREFIX, "little"))
@@ -148,13 +146,3 @@ def _from_memory(memory: memoryview, entry: _Entry, start: int) -> Array:
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _anonymous_file(name: str) -> int:
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
-    # Many builds of Python were made with a libc that lacks it, and run with one that has it.
-    fd: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), MFD_CLOEXEC)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return fd

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
 from shoal.description import describe
-from shoal.engines import Engine
+from shoal.engines import Engine, SitesEngine
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
 from shoal.randomness import check_seed
@@ -119,7 +119,8 @@ class Experiment:
             )
         if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ConfigurationError(f"algorithm must be one such as shoal.FedAvg(), not {self.algorithm!r}")
-        measured = self.evaluate is not None or self.client_validation > 0
+        by_sites = isinstance(self.engine, SitesEngine)
+        measured = self.evaluate is not None or self.client_validation > 0 or by_sites
         asked = [name for name in ("metric", "target", "patience") if getattr(self, name) is not None]
         if asked and not measured:
             raise ConfigurationError(

@@ -98,7 +98,7 @@ class FederationLoop:
 
     def _measure(self, state: ServerState) -> dict[str, float]:
         evaluator = self._plan.evaluator
-        return evaluator.measure(state.model) if evaluator else {}
+        return evaluator.measure(state.model, state.round) if evaluator else {}
 
     def _commit(self, state: ServerState, record: dict[str, Any], elapsed: float, measured: dict[str, float]) -> None:
         """Takes a round into the run's progress; what is written for it belongs together."""

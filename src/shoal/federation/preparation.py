@@ -12,7 +12,7 @@ import numpy as np
 from shoal import trees
 from shoal.algorithms import ServerState
 from shoal.data import Dataset, Population, Subset, as_dataset
-from shoal.engines import DistributedEngine, Engine, choose_engine
+from shoal.engines import DistributedEngine, Engine, SitesEngine, choose_engine
 from shoal.errors import unknown_name
 from shoal.federation.cohorts import ClientShards, sample_cohort
 from shoal.federation.evaluation import Evaluator
@@ -85,9 +85,11 @@ def _prepare(experiment: Experiment, population: Population, engine: Engine, cho
         experiment.learner.check(held_out)
     shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
     panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
-    evaluator = Evaluator(experiment.learner, held_out, shards, panel)
-    sample = population[0] if held_out is None else held_out
-    _check_metric(experiment, model, sample, held_out=held_out is not None, panel=bool(panel))
+    sites = engine if isinstance(engine, SitesEngine) else None
+    evaluator = Evaluator(experiment.learner, held_out, shards, panel, sites)
+    if sites is None:  # else what is measured shows when the sites do so
+        sample = population[0] if held_out is None else held_out
+        _check_metric(experiment, model, sample, held_out=held_out is not None, panel=bool(panel))
     return Plan(
         experiment=experiment,
         engine=engine,

@@ -11,7 +11,7 @@ from shoal import trees
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
 from shoal.description import describe
-from shoal.engines import Engine, Workers
+from shoal.engines import Engine, SitesEngine, Workers
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
 from shoal.federation.loop import FederationLoop
@@ -21,6 +21,9 @@ from shoal.federation.storage import RunStorage
 from shoal.federation.together import agree, follow
 from shoal.learners.base import Learner
 from shoal.runs import RunFolder, environment, require_tensorboard
+
+SITE_LOGS = "sites"
+"""The folder with the sites' logs in that of the run."""
 
 
 def federate(
@@ -114,9 +117,14 @@ def run_experiment(
 
 def _run(plan: Plan, run_dir: str | Path | None, *, resume: bool, callbacks: Sequence[Callback]) -> FederationResult:
     folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
+    if folder is not None and isinstance(plan.engine, SitesEngine):
+        plan.engine.keep_logs(folder.path / SITE_LOGS)
     with RunStorage(folder, keep=plan.experiment.keep_checkpoints) as storage:
         storage.save_partition(partition_picture(plan.shards.population))
-        return FederationLoop(plan, storage, callbacks).run()
+        result = FederationLoop(plan, storage, callbacks).run()
+    if isinstance(plan.engine, SitesEngine):
+        plan.engine.finish()
+    return result
 
 
 def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:

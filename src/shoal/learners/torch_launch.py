@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +84,19 @@ class RanksFailedError(WorkerError):
         self.failure = failure
 
 
-def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None = None) -> None:
-    """Runs a command in several ranks, and waits until all of them have ended.
+def launch_ranks(
+    body: Sequence[str] | Callable[[], None], *, processes: int, nodes: Nodes | None = None, all_heard: bool = False
+) -> None:
+    """Runs a command, or a function, in several ranks, and waits until all of them have ended.
 
     Rank 0 has this process's standard output. What the ranks write to standard error is kept; that of rank 0 is shown
     at once, that of the rank that failed in the error.
 
     Args:
-        command: The program and its arguments.
+        body: The program and its arguments; or what to call in processes that are forked from this one.
         processes: How many ranks on this machine.
         nodes: The machines, if there are several.
+        all_heard: Whether to show all that any rank writes, to either stream, each line headed by its rank.
 
     Raises:
         RanksFailedError: A rank failed.
@@ -106,7 +109,11 @@ def launch_ranks(command: Sequence[str], *, processes: int, nodes: Nodes | None 
 
     with tempfile.TemporaryDirectory(prefix="shoal-ranks-") as logs, _quiet(), _threads(processes):
         try:
-            elastic_launch(_config(processes, nodes, Path(logs)), command[0])(*command[1:])
+            config = _config(processes, nodes, Path(logs), all_heard=all_heard)
+            if callable(body):
+                elastic_launch(config, body)()
+            else:
+                elastic_launch(config, body[0])(*body[1:])
         except ChildFailedError as error:
             cause = _first_cause(error.failures, Path(logs), first=_has_leader(nodes))
             raise RanksFailedError(cause) from error
@@ -123,12 +130,15 @@ def _has_leader(nodes: Nodes | None) -> bool:
     return nodes is None or nodes.rank == 0
 
 
-def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
+def _config(processes: int, nodes: Nodes | None, logs: Path, *, all_heard: bool) -> Any:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     first = _has_leader(nodes)
-    quiet = dict.fromkeys(range(processes), Std.ALL) | ({0: Std.ERR} if first else {})
+    kept = dict.fromkeys(range(processes), Std.ALL)
+    shown = kept if all_heard else {0: Std.ERR} if first else Std.NONE
+    if first and not all_heard:
+        kept[0] = Std.ERR
     count = nodes.count if nodes else 1
     settings: dict[str, Any] = {
         "min_nodes": count,
@@ -137,7 +147,8 @@ def _config(processes: int, nodes: Nodes | None, logs: Path) -> Any:
         "run_id": uuid.uuid4().hex if nodes is None else "shoal",  # the same on all machines
         "max_restarts": 0,
         "monitor_interval": 0.1,
-        "logs_specs": DefaultLogsSpecs(log_dir=str(logs), redirects=quiet, tee={0: Std.ERR} if first else Std.NONE),
+        "start_method": "fork",
+        "logs_specs": DefaultLogsSpecs(log_dir=str(logs), redirects=kept, tee=shown),
         "log_line_prefix_template": "rank ${rank}: ",
         "shutdown_timeout": SHUTDOWN,
     }

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from process_table import alive, eventually
-from shoal.engines.forking import die_with, ending, fork, in_new_thread
+from shoal.processes.forking import die_with, ending, fork, in_new_thread
 
 
 def exit_code(body):
@@ -64,7 +64,7 @@ def test_signals_that_a_thread_blocks_reach_the_child():
 
 CODE = """
 import atexit, os, sys
-from shoal.engines.forking import fork
+from shoal.processes.forking import fork
 atexit.register(print, "at exit")
 print("before", end=" ")
 print("told", end=" ", file=sys.stderr)
@@ -139,7 +139,7 @@ def test_work_in_a_new_thread_returns_and_raises():
 
 
 def test_meanwhile_it_looks(monkeypatch):
-    monkeypatch.setattr("shoal.engines.forking.LOOK", 0.01)
+    monkeypatch.setattr("shoal.processes.forking.LOOK", 0.01)
     looks = []
     in_new_thread(lambda: eventually(lambda: len(looks) > 3, 5), lambda: looks.append(1))
     assert len(looks) > 3

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from process_table import open_files
-from shoal.engines.messages import LIMIT, channel, receive, send
+from shoal.processes.messages import LIMIT, channel, receive, send
 
 values = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20)
 

@@ -1,0 +1,17 @@
+"""What a user's own training script imports to join a federation.
+
+::
+
+    import shoal.client
+
+    for task in shoal.client.tasks():          # ends on all ranks together; rank 0 alone talks to the server
+        net.load_state_dict(task.params)
+        ...                                    # DDP, FSDP, anything
+        task.reply(params=net.state_dict(), examples=n, metrics={"loss": loss})
+"""
+
+from shoal.client.imperative import init, is_running, receive, send
+from shoal.client.loop import tasks
+from shoal.client.task import Task
+
+__all__ = ["Task", "init", "is_running", "receive", "send", "tasks"]

@@ -1,0 +1,50 @@
+"""A site whose script is a learner's own training."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+
+from shoal import trees
+from shoal.client.loop import TaskSource
+from shoal.data import Dataset, as_dataset
+from shoal.learners.base import Learner
+from shoal.processes.forking import in_new_thread
+from shoal.sites import Site
+
+
+def serve(learner: Learner, site: Site) -> None:
+    """Is one rank of such a site, in a forked process: trains and measures until the tasks end.
+
+    Args:
+        learner: On the site's devices.
+        site: Has the data.
+    """
+    code = 0
+    try:
+        in_new_thread(lambda: _serve(learner, site))
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what the server's process has yet to do is not done here
+
+
+def _serve(learner: Learner, site: Site) -> None:
+    data = as_dataset(site.data, name=site.name)
+    held_out: Dataset | None = None if site.evaluate is None else as_dataset(site.evaluate, name=site.name)
+    source = TaskSource(evaluate=held_out is not None)
+    together = getattr(learner, "together", None)
+    with nullcontext(learner) if together is None else together() as trains:
+        while (task := source.next_task()) is not None:
+            if task.kind == "evaluate" and held_out is not None:
+                task.reply(examples=len(held_out), metrics=trains.evaluate(task.model, held_out))
+                continue
+            update = trains.fit(task.broadcast, data, task.rng())
+            # In float64 the difference leads to the trained numbers again, which take half the room.
+            after = trees.advance(task.model.params, update.delta) | trees.advance(task.model.buffers, update.buffers)
+            task.reply(params=after, examples=update.weight, metrics=update.metrics)

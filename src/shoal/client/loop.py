@@ -1,0 +1,171 @@
+"""The tasks of a script, one after the other, the same on all ranks of its site."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterator
+from typing import Any
+
+import numpy as np
+
+from shoal.client.link import Link, connected
+from shoal.client.ranks import RankGroup
+from shoal.client.task import Task
+from shoal.devices import Launched
+from shoal.errors import ConfigurationError, WorkerError
+from shoal.processes.tensors import TensorFile, entries_of, view
+from shoal.types import Array, LocalObjective, ModelState, Params
+
+ROLES = ("params", "buffers", "constants", "correction")
+"""What the arrays of a task are, by the heads of their names."""
+
+
+class TaskSource:
+    """Gives this rank its tasks.
+
+    Args:
+        model: What a script that runs by itself starts from: a module with a state dict, or arrays by name.
+        evaluate: Whether the script also does tasks of kind ``evaluate``.
+    """
+
+    def __init__(self, model: Any = None, *, evaluate: bool = False) -> None:
+        self._model = model
+        self._evaluate = evaluate
+        self._link = connected()
+        self._current: Task | None = None
+        self._group: RankGroup | None = None
+        self._over = False
+
+    def next_task(self) -> Task | None:
+        """Waits for the next task; None when there is none any more, on all ranks alike.
+
+        Raises:
+            ConfigurationError: The last task was not replied to.
+            WorkerError: The server, or another rank, is gone.
+        """
+        if self._over:
+            return None
+        if self._link is None:
+            self._over = self._current is not None
+            self._current = None if self._over else self._local_task()
+            return self._current
+        self._check_replied(self._link)
+        self._current = self._receive(self._link)
+        if self._current is None:
+            self._over = True
+            self._link.leave(early=False)
+        return self._current
+
+    def leave(self) -> None:
+        """Tells the server that this rank takes no more tasks; without effect once there are none."""
+        if self._link is not None and not self._over:
+            self._link.leave(early=True)
+
+    def _check_replied(self, link: Link) -> None:
+        task = self._current
+        if task is not None and not task.replied and link.rank == 0:
+            raise ConfigurationError(
+                f"the script went on without a reply to the task to {task.kind} in round {task.round}: "
+                "call task.reply(…) on rank 0 in each turn of the loop"
+            )
+
+    def _receive(self, link: Link) -> Task | None:
+        link.do("waiting", evaluates=self._evaluate)
+        order, fd = link.next_order()
+        if "task" not in order:
+            if order.get("end") != "done":
+                raise WorkerError(f"the federation has ended: {order.get('end')}")
+            return None
+        told = order["task"]
+        link.do(f"task {told['number']}")
+        trees = self._arrays(link, fd, told["framework"])
+        correction = trees["correction"] if told["corrected"] else None
+        return Task(
+            kind=told["kind"],
+            round=told["round"],
+            rounds=link.welcome["rounds"],
+            site=link.site,
+            client=told["client"],
+            run_seed=told["seed"],
+            objective=LocalObjective(proximal=told["proximal"], correction=correction),
+            config=link.welcome["config"],
+            model=ModelState(params=trees["params"], buffers=trees["buffers"], constants=trees["constants"]),
+            number=told["number"],
+            _ties=told["ties"],
+            _link=link,
+        )
+
+    def _arrays(self, link: Link, fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
+        """Returns the arrays of a task by role; all lie in one memory, which rank 0 was sent."""
+        header, data = _read(fd) if fd is not None else (None, None)
+        if link.ranks > 1:
+            if self._group is None:
+                self._group = RankGroup(_place())
+            header = self._group.from_leader(header)
+            data = self._group.from_leader(data)
+        if header is None or data is None:
+            raise WorkerError("the server sent a task without its arrays")
+        trees: dict[str, dict[str, Array]] = {role: {} for role in ROLES}
+        for key, entry in entries_of(header.tobytes(), len(data)).items():
+            role, _, name = key.partition("/")
+            trees[role][name] = view(data, entry, framework=framework)
+        return trees
+
+    def _local_task(self) -> Task:
+        state: Params = {}
+        if self._model is not None:
+            state = self._model.state_dict() if hasattr(self._model, "state_dict") else self._model
+        config = json.loads(os.environ.get("SHOAL_CONFIG", "{}"))
+        # As the server would: what the script does to its model must not change what it started from.
+        kept = {name: array.clone() if hasattr(array, "clone") else np.array(array) for name, array in state.items()}
+        return Task(kind="train", round=1, rounds=1, site="local", config=config, model=ModelState(params=kept))
+
+
+def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
+    """Yields what the federation wants of this site, until it is over; every rank of the site calls it alike.
+
+    Example::
+
+        for task in shoal.client.tasks():
+            net.load_state_dict(task.params)
+            ...  # DDP, FSDP, anything
+            task.reply(params=net.state_dict(), examples=len(data), metrics={"loss": loss})
+
+    The ranks get each task together, and the end too; only rank 0 talks to the server. A script that is started by hand,
+    with ``python`` or ``torchrun``, gets one task to train and then the end.
+
+    Args:
+        model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then.
+        evaluate: Whether the script does tasks of kind ``evaluate`` too, in which it measures the global model after
+            each round.
+
+    Raises:
+        ConfigurationError: A task was not replied to.
+        WorkerError: The server, or another rank, is gone.
+    """
+    source = TaskSource(model, evaluate=evaluate)
+    return _yielded(source)
+
+
+def _yielded(source: TaskSource) -> Generator[Task]:
+    try:
+        while (task := source.next_task()) is not None:
+            yield task
+    finally:
+        source.leave()
+
+
+def _read(fd: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the header and the arrays' bytes of shared memory, as this process's own; closes the file descriptor."""
+    with TensorFile(fd) as file:
+        data = np.empty(file.nbytes, np.uint8)
+        file.fill(data, 0)
+        return np.frombuffer(file.header, np.uint8).copy(), data
+
+
+def _place() -> Launched:
+    place = Launched.here()
+    if place is None:
+        raise WorkerError("the site's launcher did not say where its ranks meet")
+    return place

@@ -1,0 +1,307 @@
+"""Engine ``sites``: processes on this machine that are launched, watched and federated like real sites."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from shoal.data import Population
+from shoal.engines.base import ClientResult, ClientTask
+from shoal.errors import ClientError, ConfigurationError, SiteError
+from shoal.learners.base import Learner
+from shoal.sites.allotment import Allotment
+from shoal.sites.hub import Hub
+from shoal.sites.log import SiteLog
+from shoal.sites.process import Starter
+from shoal.sites.shutdown import finish_sites, stop_sites
+from shoal.sites.spec import Site
+from shoal.sites.state import Deadlines, Failure, Reply, SiteState
+from shoal.types import Broadcast, ModelState
+
+logger = logging.getLogger("shoal")
+
+LOOK = 0.2
+"""Seconds between two looks at the sites' health."""
+
+OnFailure = Literal["stop", "continue", "restart"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePolicy:
+    """What to do about sites that fail, or are slow."""
+
+    on_failure: OnFailure = "stop"
+    """``stop`` the run; ``continue`` without the site; or ``restart`` it, from the current global model."""
+    max_restarts: int = 1
+    """How often one site is started again; one more failure stops the run."""
+    min_sites: int = 1
+    """With how many replies a round may go on, where sites are slow or have left."""
+    deadline: float | None = None
+    """Seconds after which a round goes on without the sites that have not replied; None to wait for all."""
+    waits: Deadlines = field(default_factory=Deadlines)
+    """After which times a site counts as failed."""
+
+
+@dataclass
+class SitesEngine:
+    """Runs each client as a site of its own on this machine, for the whole run.
+
+    Args:
+        sites: One for each client, in their order.
+        starter: Starts a site's launcher.
+        rounds: How many rounds there will be.
+        allotment: Which devices each site has.
+        policy: What to do about failures.
+        verbose: Whether to show what all ranks write, and not only each site's rank 0.
+    """
+
+    sites: Sequence[Site]
+    starter: Starter
+    rounds: int
+    allotment: Allotment
+    policy: SitePolicy = field(default_factory=SitePolicy)
+    verbose: bool = False
+    name: str = "sites"
+
+    def __post_init__(self) -> None:
+        self._hub: Hub | None = None
+        self._states: dict[str, SiteState] = {}
+        self._logs: dict[str, SiteLog] = {}
+        self._number = 0
+        self._round = 0
+        self._work: SiteTask | None = None
+
+    def open(self, learner: Learner, clients: Population) -> None:
+        """Starts all sites; their ranks stay until :meth:`close`.
+
+        Raises:
+            ConfigurationError: A site cannot be started, or there are too few devices.
+        """
+        environments = self.allotment.environments(self.sites)
+        self._states = {site.name: SiteState(site=site) for site in self.sites}
+        self._hub = hub = Hub(self._states, rounds=self.rounds)
+        try:
+            started = [self.starter(hub.address, site, env) for site, env in zip(self.sites, environments, strict=True)]
+            for site, launcher in zip(self.sites, started, strict=True):
+                log = self._logs[site.name] = SiteLog(site.name, all_shown=self.verbose)
+                log.follow(launcher.output)
+                launcher.reap()
+            self._launch_all(hub)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
+        """Yields what each site replies, as the replies come."""
+        self._round = broadcast.round
+        work = SiteTask("train", broadcast, learner, seed=tasks[0].seed if tasks else 0)
+        for client, reply, problem in self._gather(work, [task.client for task in tasks]):
+            if reply is None:
+                yield ClientResult(client=client, error=problem)
+                continue
+            try:
+                yield ClientResult(client=client, update=update_of(reply, broadcast.model))
+            finally:
+                if reply.file is not None:
+                    reply.file.close()
+
+    def close(self) -> None:
+        """Ends all processes of all sites; without effect on an engine that is not open."""
+        if self._hub is None:
+            return
+        hub, self._hub = self._hub, None
+        try:
+            stop_sites(hub, list(self._states.values()))
+        finally:
+            hub.close()
+            for log in self._logs.values():
+                log.close(within=2.0)
+
+    def keep_logs(self, folder: Path) -> None:
+        """Writes what each site writes to a file in a folder.
+
+        Raises:
+            StorageError: That cannot be written.
+        """
+        for name, log in self._logs.items():
+            log.keep(folder / f"{name}.log")
+
+    def finish(self) -> None:
+        """Tells the sites that the federation is over, and waits for their scripts to end by themselves."""
+        waits = self.policy.waits.finish
+        for state in finish_sites(self._opened(), list(self._states.values()), within=waits):
+            why = state.failure.what if state.failure else f"its script did not end within {waits:g} s and was ended"
+            logger.warning("after the last round, %s: %s", state.site.name, why)
+
+    def measure(self, learner: Learner, model: ModelState, round: int) -> dict[int, tuple[float, Mapping[str, float]]]:
+        """Has the sites that can measure a model; returns each one's number of examples and means, by client.
+
+        Args:
+            learner: Knows the names of the model's arrays.
+            model: The global model.
+            round: Whose model it is.
+
+        Raises:
+            SiteError: A site failed, and the policy is to stop.
+        """
+        clients = [index for index, site in enumerate(self.sites) if self._states[site.name].evaluates]
+        work = SiteTask("evaluate", Broadcast(round=round, model=model), learner, seed=0)
+        return {
+            client: (reply.examples, reply.metrics)
+            for client, reply, _ in self._gather(work, clients)
+            if reply is not None
+        }
+
+    def _gather(self, work: SiteTask, clients: Sequence[int]) -> Iterator[tuple[int, Reply | None, Exception | None]]:
+        """Gives a task to sites, and yields each one's reply, or why there is none."""
+        hub = self._opened()
+        self._number += 1
+        self._work = work
+        work.write(self._number)
+        waiting = {client: self._states[self.sites[client].name] for client in clients}
+        ends = None if self.policy.deadline is None else time.monotonic() + self.policy.deadline
+        replies = 0
+        try:
+            for client in [client for client, state in waiting.items() if state.out is not None]:
+                yield client, None, ClientError(waiting.pop(client).out or "")
+            while waiting:
+                self._hand_out(hub, work, waiting)
+                hub.poll(LOOK)
+                for client, problem in self._look_at_all():
+                    if waiting.pop(client, None) is not None:
+                        yield client, None, problem
+                for client, state in list(waiting.items()):
+                    if (reply := self._taken(state, work)) is not None:
+                        del waiting[client]
+                        replies += 1
+                        yield client, reply, None
+                if ends is not None and time.monotonic() > ends and replies >= self.policy.min_sites:
+                    for client in list(waiting):
+                        del waiting[client]
+                        late = f"no reply within {self.policy.deadline:g} s; what it sends later is thrown away"
+                        yield client, None, ClientError(late)
+        finally:
+            work.close()
+            self._work = None
+
+    def _hand_out(self, hub: Hub, work: SiteTask, waiting: Mapping[int, SiteState]) -> None:
+        """Gives the task to those that are ready and have none."""
+        for client, state in waiting.items():
+            busy = state.task is not None and state.reply is None and state.task != self._number
+            if state.task == self._number or not state.ready or (busy and not self._idle(state)):
+                continue
+            state.drop_reply()
+            state.task, state.since = self._number, time.monotonic()
+            for rank, connection in sorted(state.ranks.items()):
+                connection.doing = "going to its next task"
+                connection.post({"task": work.message(client)}, work.fd if rank == 0 else None)
+
+    @staticmethod
+    def _idle(state: SiteState) -> bool:
+        """Tells whether a site that was late has come to the end of its old task."""
+        return all(connection.doing == "waiting" for connection in state.ranks.values())
+
+    def _taken(self, state: SiteState, work: SiteTask) -> Reply | None:
+        """Returns a site's reply, if it is there and can be used; else notes what is wrong with it."""
+        reply = state.reply
+        if reply is None or reply.task != self._number:
+            return None
+        if problem := work.problem(reply):
+            state.failure = Failure(what=f"{problem} (in its reply of round {work.broadcast.round})", rank=0)
+            return None
+        state.reply, state.task = None, None
+        return reply
+
+    def _look_at_all(self) -> Iterator[tuple[int, SiteError]]:
+        """Looks after all sites; yields those that are left out from now on, and why.
+
+        Raises:
+            SiteError: The policy is to stop.
+        """
+        for client, site in enumerate(self.sites):
+            state = self._states[site.name]
+            if state.out is None and (trouble := state.trouble(self.policy.waits, time.monotonic())):
+                error = self._deal_with(state, trouble)
+                if error is not None:
+                    yield client, error
+
+    def _deal_with(self, state: SiteState, trouble: Failure) -> SiteError | None:
+        """Does what the policy says about a site in trouble; returns the reason if it is left out."""
+        error = self._error(state, trouble)
+        self._end_ranks(state)
+        if self.policy.on_failure == "restart" and state.attempt < self.policy.max_restarts:
+            logger.warning(
+                "%s; starting it again (%d of at most %d)", error, state.attempt + 1, self.policy.max_restarts
+            )
+            self._restart(state)
+            return None
+        left = sum(other.out is None for other in self._states.values()) - 1
+        if self.policy.on_failure != "continue":
+            raise error
+        if left < self.policy.min_sites:
+            raise SiteError(f"{error}; {left} sites are left, and min_sites={self.policy.min_sites}") from error
+        state.out = str(error)
+        self._dismiss(state)
+        return error
+
+    def _error(self, state: SiteState, trouble: Failure) -> SiteError:
+        log = self._logs.get(state.site.name)
+        time.sleep(LOOK)  # for its last lines to come
+        lines = (log.last(trouble.rank) if log else ()) or trouble.lines or (log.last(None) if log else ())
+        where = f" in round {self._round}" if self._round else " before the first round"
+        error = SiteError(f"{state.site.name}: {trouble.what}{where}")
+        if lines:
+            kept = f" ({log.path})" if log and log.path else ""
+            of = "its launcher" if trouble.rank is None else f"rank {trouble.rank}"
+            error.add_note(
+                f"the last lines of {of} of {state.site.name}{kept}:\n" + "\n".join(f"  {line}" for line in lines)
+            )
+        return error
+
+    def _end_ranks(self, state: SiteState) -> None:
+        for connection in state.ranks.values():
+            connection.kill()
+
+    def _restart(self, state: SiteState) -> None:
+        hub = self._opened()
+        for connection in state.ranks.values():
+            hub.forget(connection)
+        if state.agent is None or state.agent.gone:
+            raise SiteError(f"{state.site.name}: its launcher is gone, so its ranks cannot be started again")
+        state.begin_attempt()
+        state.agent.post({"launch": state.attempt})
+
+    def _dismiss(self, state: SiteState) -> None:
+        hub = self._opened()
+        state.drop_reply()
+        for connection in state.ranks.values():
+            hub.forget(connection)
+        state.ranks.clear()
+        if state.agent is not None and not state.agent.gone:
+            state.agent.post({"stop": True})
+
+    def _launch_all(self, hub: Hub) -> None:
+        """Waits for the launchers, and has each start its ranks."""
+        until = time.monotonic() + self.policy.waits.start
+        missing = list(self._states.values())
+        while missing:
+            hub.poll(LOOK)
+            for state in [one for one in missing if one.agent is not None and not one.agent.gone]:
+                missing.remove(state)
+                state.since = time.monotonic()
+                if state.agent is not None:
+                    state.agent.post({"launch": 0})
+            for state in missing:
+                log = self._logs[state.site.name]
+                if log.ended or time.monotonic() > until:
+                    how = "ended at once" if log.ended else f"did not come within {self.policy.waits.start:g} s"
+                    raise self._error(state, Failure(what=f"its launcher {how}"))
+
+    def _opened(self) -> Hub:
+        if self._hub is None:
+            raise ConfigurationError("engine 'sites' is not open")
+        return self._hub

@@ -1,0 +1,196 @@
+"""A federation of sites: a script, or a learner, that trains at each of them with processes and devices of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from shoal.algorithms import Algorithm, FedAvg
+from shoal.client.learner import serve
+from shoal.data import Population
+from shoal.devices import Accelerator, Devices
+from shoal.engines import OnFailure, SitePolicy, SitesEngine
+from shoal.errors import ConfigurationError
+from shoal.federation.callbacks import Callback
+from shoal.federation.experiment import Experiment
+from shoal.federation.result import FederationResult
+from shoal.federation.run import run_experiment
+from shoal.federation.site_population import SitePopulation
+from shoal.learners.base import Learner
+from shoal.learners.script import ScriptLearner
+from shoal.sites import Site
+from shoal.sites.allotment import Allotment
+from shoal.sites.process import Starter, start_forked, start_script
+from shoal.sites.state import Deadlines
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A federation whose clients are sites: each with its own processes, devices and settings.
+
+    Example::
+
+        sites = [shoal.Site("site-1", devices=2), shoal.Site("site-2", devices=2)]
+        result = shoal.Job("digits", script="client.py", model=Net, sites=sites, rounds=5).run(run_dir="runs/digits")
+
+    Raises:
+        ConfigurationError: A value is out of its range, or the parts do not go together.
+    """
+
+    name: str
+    """Heads the report."""
+    _: KW_ONLY
+    script: str | Path | None = None
+    """The Python file that every rank of every site runs; see :func:`shoal.client.tasks`."""
+    args: Sequence[str] = ()
+    """Its arguments at all sites."""
+    model: Any = None
+    """What the federation starts from where a script trains: a torch module, or a function or class that makes one and
+    is called with torch seeded; or arrays by name."""
+    learner: Learner | None = None
+    """In place of a script: trains at every site, on that site's devices and data."""
+    sites: Sequence[Site]
+    """The sites, at least one."""
+    algorithm: Algorithm = field(default_factory=FedAvg)
+    """The federated method."""
+    rounds: int
+    """Number of rounds, ≥ 1."""
+    min_sites: int | None = None
+    """With how many replies a round may go on, where sites are late or have failed; None for all."""
+    deadline: float | None = None
+    """Seconds after which a round goes on without the sites that have not replied, if ``min_sites`` have; None to wait
+    for all."""
+    on_failure: OnFailure = "stop"
+    """When a site fails: ``stop`` the run; ``continue`` without the site while there are ``min_sites``; or ``restart``
+    it, from the current global model."""
+    max_restarts: int = 1
+    """How often one site is started again; one more failure stops the run."""
+    waits: Deadlines = field(default_factory=Deadlines)
+    """How long the server waits for starts, replies and signs of life before a site counts as failed."""
+    accelerator: Accelerator = "auto"
+    """Of the sites that do not say it themselves."""
+    share_devices: bool = False
+    """Whether sites may use the same CUDA device."""
+    evaluate: Any = None
+    """Held-out data that the server measures the global model on, where a learner trains."""
+    seed: int = 0
+    """Decides the first parameters and all randomness of learners; scripts find theirs in ``task.seed``."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of :class:`~shoal.Experiment`, such as ``evaluate_every``, ``target`` or ``patience``."""
+
+    def __post_init__(self) -> None:
+        if (self.script is None) == (self.learner is None):
+            raise ConfigurationError("a job has either a script=… or a learner=… for its sites")
+        if not self.sites:
+            raise ConfigurationError("a job has at least one site: sites=[shoal.Site('site-1'), …]")
+        names = [site.name for site in self.sites]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ConfigurationError(f"two sites are called {min(twice)!r}: give each a name of its own")
+        if self.min_sites is not None and not 1 <= self.min_sites <= len(self.sites):
+            raise ConfigurationError(f"min_sites must be from 1 to {len(self.sites)}, not {self.min_sites}")
+        if self.on_failure not in ("stop", "continue", "restart"):
+            raise ConfigurationError(f"on_failure must be stop, continue or restart, not {self.on_failure!r}")
+        if self.max_restarts < 0:
+            raise ConfigurationError(f"max_restarts must be ≥ 0, not {self.max_restarts}")
+        if self.deadline is not None and not self.deadline > 0:
+            raise ConfigurationError(f"deadline must be > 0 seconds, not {self.deadline}")
+        if self.script is None:
+            self._check_learner()
+        else:
+            self._check_script(Path(self.script))
+
+    def _check_learner(self) -> None:
+        for site in self.sites:
+            if site.data is None:
+                raise ConfigurationError(f"{site.name} has no data for the learner: Site({site.name!r}, data=…)")
+            if site.python or site.args or site.command:
+                raise ConfigurationError(f"python, args and command of {site.name} are for a script, not for a learner")
+
+    def _check_script(self, script: Path) -> None:
+        if not script.is_file():
+            raise ConfigurationError(f"there is no script {script}")
+        if self.model is None:
+            raise ConfigurationError("the model=… that the sites start from is missing: a module, or what makes one")
+        if self.evaluate is not None:
+            raise ConfigurationError("evaluate=… is for a learner: a script measures at its sites, in its own way")
+        for site in self.sites:
+            if site.data is not None or site.evaluate is not None:
+                raise ConfigurationError(f"data of {site.name} are for a learner: a script reads its own")
+
+    def run(
+        self,
+        *,
+        run_dir: str | Path | None = None,
+        resume: bool = False,
+        callbacks: Sequence[Callback] = (),
+        verbose: bool = False,
+    ) -> FederationResult:
+        """Starts the sites, runs the federation, and ends them.
+
+        Args:
+            run_dir: The run's folder; None to keep everything in memory.
+            resume: Go on with the run that ``run_dir`` holds.
+            callbacks: Told of what happens; ``shoal.Progress()`` shows it.
+            verbose: Whether to show what every rank writes, and not only each site's rank 0.
+
+        Raises:
+            ConfigurationError: Something was asked for that cannot be; nothing was written.
+            SiteError: A site failed, and ``on_failure`` does not allow for it; all processes have ended.
+            ClientError: Too few sites replied in time.
+            StorageError: The run folder cannot be written.
+            RunInterrupted: Ctrl-C or SIGTERM came; the state is saved, and all processes have ended.
+        """
+        return run_experiment(self._experiment(verbose=verbose), run_dir=run_dir, resume=resume, callbacks=callbacks)
+
+    def _experiment(self, *, verbose: bool) -> Experiment:
+        learner, clients, starter = self._parts()
+        allowed = len(self.sites) - (self.min_sites or len(self.sites))
+        engine = SitesEngine(
+            sites=self.sites,
+            starter=starter,
+            rounds=self.rounds,
+            allotment=Allotment(accelerator=self.accelerator, share_devices=self.share_devices),
+            policy=SitePolicy(
+                on_failure=self.on_failure,
+                max_restarts=self.max_restarts,
+                min_sites=self.min_sites or len(self.sites),
+                deadline=self.deadline,
+                waits=self.waits,
+            ),
+            verbose=verbose,
+        )
+        return Experiment(
+            learner=learner,
+            clients=clients,
+            rounds=self.rounds,
+            algorithm=self.algorithm,
+            engine=engine,
+            seed=self.seed,
+            name=self.name,
+            evaluate=self.evaluate,
+            max_failures=allowed,
+            **self.settings,
+        )
+
+    def _parts(self) -> tuple[Learner, Population, Starter]:
+        """Returns the learner and the clients as the server sees them, and what starts the sites."""
+        if self.learner is None:
+            script = Path(self.script or "").resolve()
+            starter = start_script(str(script), [str(word) for word in self.args])
+            learner = ScriptLearner(script, self.model, tuple(map(str, self.args)))
+            return learner, SitePopulation(self.sites), starter
+        own = self.learner
+        names = [site.name for site in self.sites]
+        clients = Population.from_datasets([site.data for site in self.sites], names=names)
+        return (
+            own.on(Devices(accelerator="cpu", precision=own.devices.precision)),
+            clients,
+            start_forked(partial(_run_site, own)),
+        )
+
+
+def _run_site(learner: Learner, site: Site) -> None:
+    serve(learner.on(replace(site.spread, precision=learner.devices.precision)), site)
