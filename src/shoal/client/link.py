@@ -8,6 +8,7 @@ import queue
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shoal.errors import ConfigurationError, WorkerError
@@ -19,6 +20,9 @@ BEAT = 1.0
 
 CONNECT = 30.0
 """Seconds in which the server must answer."""
+
+PACKAGE, LIBRARY = str(Path(__file__).parents[1]), str(Path(os.__file__).parent)
+"""Where code lies that is not the user's."""
 
 GRACE = 5.0
 """Seconds that a rank has to end after the server is gone."""
@@ -123,6 +127,9 @@ class Link:
                 received = receive(self._stream)
             except (OSError, ValueError):
                 received = None
+            if received is not None and "where" in received[0]:
+                self._say({"where": _whereabouts()})
+                continue
             self._orders.put(received)
             if received is None:
                 break
@@ -133,12 +140,26 @@ class Link:
 
     def _end_process(self) -> None:
         """Ends a rank whose server is gone, whatever it is in: an exchange with other ranks may wait for ever."""
-        timer = threading.Event()
-        timer.wait(GRACE)
+        threading.Event().wait(GRACE)
         with contextlib.suppress(OSError):
             sys.stderr.write(f"shoal: the federation's server is gone; rank {self.rank} of {self.site} ends\n")
             sys.stderr.flush()
         os._exit(1)
+
+
+def _whereabouts() -> str:
+    """Returns the line of the user's own code at which the main thread is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)  # noqa: SLF001 - there is no other way
+    first, own = frame, None
+    while frame is not None and own is None:
+        path = frame.f_code.co_filename
+        own = None if "site-packages" in path or path.startswith((PACKAGE, LIBRARY, "<")) else frame
+        frame = frame.f_back
+    found = own or first
+    if found is None:
+        return ""
+    name = Path(found.f_code.co_filename).name
+    return f"{name}:{found.f_lineno} in {found.f_code.co_name}"
 
 
 _link: list[Link] = []

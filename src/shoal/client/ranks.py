@@ -26,8 +26,8 @@ then ends the ranks."""
 class RankGroup:
     """The ranks of one site, joined beside whatever groups the user's script makes.
 
-    It is gloo's, over the CPU, and no part of ``torch.distributed``'s default group, so that the script may make and end
-    that when it likes.
+    It is gloo's, over the CPU, and no part of ``torch.distributed``'s default group, so that the script may make and
+    end that when it likes.
 
     Args:
         place: This rank's.
@@ -41,6 +41,7 @@ class RankGroup:
         from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
         self._torch: Any = torch
+        self._group: Any = None
         self.leads = place.rank == 0
         """Whether this is rank 0."""
         keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else the launcher does

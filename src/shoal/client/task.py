@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -169,7 +170,7 @@ class Task:
 
     def _tree(self, params: Params | None, delta: Params | None, buffers: Params | None) -> dict[str, Array]:
         """Returns what of the reply the server needs."""
-        given = dict(delta) | dict(buffers or {}) if params is None else dict(params)
+        given = {**(delta or {}), **(buffers or {})} if params is None else dict(params)
         refuse_parts(given, "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict")
         homes = plain_names(given)
         wanted = [*self.model.params, *(self.model.buffers if params is not None or buffers else ())]
@@ -197,7 +198,7 @@ class Task:
     def _tell_terminal(self, examples: float, metrics: Mapping[str, float]) -> None:
         if int(os.environ.get("RANK", "0")) == 0:
             told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            print(f"shoal: {self._what()} alone, {examples:g} examples{': ' if told else ''}{told}")
+            sys.stdout.write(f"shoal: {self._what()} alone, {examples:g} examples{': ' if told else ''}{told}\n")
 
     def _what(self) -> str:
         return f"the task to {self.kind} in round {self.round}"

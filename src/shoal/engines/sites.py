@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from shoal.data import Population
 from shoal.engines.base import ClientResult, ClientTask
+from shoal.engines.site_task import SiteTask, update_of
 from shoal.errors import ClientError, ConfigurationError, SiteError
 from shoal.learners.base import Learner
 from shoal.sites.allotment import Allotment
@@ -19,7 +20,7 @@ from shoal.sites.log import SiteLog
 from shoal.sites.process import Starter
 from shoal.sites.shutdown import finish_sites, stop_sites
 from shoal.sites.spec import Site
-from shoal.sites.state import Deadlines, Failure, Reply, SiteState
+from shoal.sites.state import ON_ITS_WAY, Deadlines, Failure, Reply, SiteState
 from shoal.types import Broadcast, ModelState
 
 logger = logging.getLogger("shoal")
@@ -73,9 +74,8 @@ class SitesEngine:
         self._logs: dict[str, SiteLog] = {}
         self._number = 0
         self._round = 0
-        self._work: SiteTask | None = None
 
-    def open(self, learner: Learner, clients: Population) -> None:
+    def open(self, learner: Learner, clients: Population) -> None:  # noqa: ARG002 - the sites have their own
         """Starts all sites; their ranks stay until :meth:`close`.
 
         Raises:
@@ -160,7 +160,6 @@ class SitesEngine:
         """Gives a task to sites, and yields each one's reply, or why there is none."""
         hub = self._opened()
         self._number += 1
-        self._work = work
         work.write(self._number)
         waiting = {client: self._states[self.sites[client].name] for client in clients}
         ends = None if self.policy.deadline is None else time.monotonic() + self.policy.deadline
@@ -169,7 +168,7 @@ class SitesEngine:
             for client in [client for client, state in waiting.items() if state.out is not None]:
                 yield client, None, ClientError(waiting.pop(client).out or "")
             while waiting:
-                self._hand_out(hub, work, waiting)
+                self._hand_out(work, waiting)
                 hub.poll(LOOK)
                 for client, problem in self._look_at_all():
                     if waiting.pop(client, None) is not None:
@@ -186,9 +185,8 @@ class SitesEngine:
                         yield client, None, ClientError(late)
         finally:
             work.close()
-            self._work = None
 
-    def _hand_out(self, hub: Hub, work: SiteTask, waiting: Mapping[int, SiteState]) -> None:
+    def _hand_out(self, work: SiteTask, waiting: Mapping[int, SiteState]) -> None:
         """Gives the task to those that are ready and have none."""
         for client, state in waiting.items():
             busy = state.task is not None and state.reply is None and state.task != self._number
@@ -197,7 +195,7 @@ class SitesEngine:
             state.drop_reply()
             state.task, state.since = self._number, time.monotonic()
             for rank, connection in sorted(state.ranks.items()):
-                connection.doing = "going to its next task"
+                connection.doing = ON_ITS_WAY
                 connection.post({"task": work.message(client)}, work.fd if rank == 0 else None)
 
     @staticmethod
@@ -231,8 +229,11 @@ class SitesEngine:
 
     def _deal_with(self, state: SiteState, trouble: Failure) -> SiteError | None:
         """Does what the policy says about a site in trouble; returns the reason if it is left out."""
+        if trouble.silent:
+            trouble = replace(trouble, what=f"{trouble.what}; {self._whereabouts(state)}")
         error = self._error(state, trouble)
-        self._end_ranks(state)
+        for connection in state.ranks.values():
+            connection.kill()
         if self.policy.on_failure == "restart" and state.attempt < self.policy.max_restarts:
             logger.warning(
                 "%s; starting it again (%d of at most %d)", error, state.attempt + 1, self.policy.max_restarts
@@ -257,14 +258,19 @@ class SitesEngine:
         if lines:
             kept = f" ({log.path})" if log and log.path else ""
             of = "its launcher" if trouble.rank is None else f"rank {trouble.rank}"
-            error.add_note(
-                f"the last lines of {of} of {state.site.name}{kept}:\n" + "\n".join(f"  {line}" for line in lines)
-            )
+            told = "\n".join(f"  {line}" for line in lines)
+            error.add_note(f"the last lines of {of} of {state.site.name}{kept}:\n{told}")
         return error
 
-    def _end_ranks(self, state: SiteState) -> None:
+    def _whereabouts(self, state: SiteState) -> str:
+        """Asks the ranks of a site, which is to be ended, at which line of their script they are."""
         for connection in state.ranks.values():
-            connection.kill()
+            connection.post({"where": True})
+        until = time.monotonic() + WHERE
+        while time.monotonic() < until and not all(rank.where for rank in state.ranks.values()):
+            self._opened().poll(LOOK)
+        told = ((rank, each.where or "no line that it can tell") for rank, each in sorted(state.ranks.items()))
+        return ", ".join(f"rank {rank} is at {where}" for rank, where in told)
 
     def _restart(self, state: SiteState) -> None:
         hub = self._opened()

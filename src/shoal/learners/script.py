@@ -47,11 +47,11 @@ class ScriptLearner:
         model, self.__dict__["_homes"] = self._made(seed)  # the slot of the cached property
         return model
 
-    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
+    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:  # noqa: ARG002
         """Refuses: the script trains."""
         self._refuse()
 
-    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
+    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:  # noqa: ARG002
         """Refuses: the script measures."""
         self._refuse()
 
@@ -63,7 +63,7 @@ class ScriptLearner:
         merged = model.merged()
         return merged if isinstance(self.model, Mapping) else {name: merged[home] for name, home in self._homes.items()}
 
-    def on(self, devices: Devices) -> Self:
+    def on(self, devices: Devices) -> Self:  # noqa: ARG002
         """Returns the same learner: the sites have devices of their own."""
         return self
 

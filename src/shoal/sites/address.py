@@ -38,8 +38,8 @@ class Address:
         # Short, because the path of a socket may have 107 bytes; and private, as mkdtemp makes it.
         folder = Path(tempfile.mkdtemp(prefix="shoal-", dir="/tmp"))
         key = secrets.token_hex(32)
-        with open(os.open(folder / "key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(key)
+        (folder / "key").touch(mode=0o600)
+        (folder / "key").write_text(key)
         return cls(folder, key)
 
     @classmethod
@@ -58,15 +58,15 @@ class Address:
             raise ConfigurationError(f"the federation that started this script is over: {error}") from error
 
     @property
-    def socket(self) -> Path:
-        """The socket's path."""
+    def path(self) -> Path:
+        """The socket's."""
         return self.folder / "socket"
 
     def listen(self) -> socket.socket:
         """Returns the server's socket."""
         server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        server.bind(str(self.socket))
-        self.socket.chmod(0o600)
+        server.bind(str(self.path))
+        self.path.chmod(0o600)
         server.listen(128)
         server.setblocking(False)
         return server
@@ -83,7 +83,7 @@ class Address:
         stream = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             stream.settimeout(within)
-            stream.connect(str(self.socket))
+            stream.connect(str(self.path))
         except OSError:
             stream.close()
             raise

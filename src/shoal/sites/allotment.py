@@ -72,7 +72,8 @@ class Allotment:
             other = taken.setdefault(device, site.name)
             if other != site.name and not self.share_devices:
                 raise ConfigurationError(
-                    f"{site.name} and {other} both have CUDA device {device}: give them others, or say share_devices=True"
+                    f"{site.name} and {other} both have CUDA device {device}: "
+                    "give them others, or say share_devices=True"
                 )
         return own
 

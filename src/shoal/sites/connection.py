@@ -36,6 +36,8 @@ class Connection:
         """When it last said something."""
         self.doing = "starting"
         """What it last said that it does."""
+        self.where = ""
+        """At which line of its script it said that it is; empty while it was not asked."""
         self.gone = False
         """Whether the connection has ended."""
         self._process = handle(self.pid)

@@ -137,6 +137,8 @@ class Hub:
         if "doing" in message:
             connection.doing = str(message["doing"])
             state.evaluates |= bool(message.get("evaluates"))
+        elif "where" in message:
+            connection.where = str(message["where"])
         elif message.get("attempt") != state.attempt:  # its launcher tells of ranks that were given up
             return
         elif "failed" in message:

@@ -24,7 +24,7 @@ OF_RANK = re.compile(rb"rank (\d+): (.*)", re.DOTALL)
 
 def print_line(line: str) -> None:
     """Shows a line beside a progress display, which takes over standard error."""
-    print(line, file=sys.stderr)
+    sys.stderr.write(f"{line}\n")
 
 
 class SiteLog:

@@ -102,7 +102,7 @@ def start_forked(body: Callable[[Site], None]) -> Starter:
             raise EngineError(f"{site.name} cannot be started: {error}") from error
         finally:
             os.close(into)
-        return Launcher(open(out, "rb"), partial(_reap, pid))
+        return Launcher(os.fdopen(out, "rb"), partial(_reap, pid))
 
     return start
 

@@ -15,7 +15,10 @@ NEWS = 3.0
 """Seconds in which a site's launcher should tell how a rank ended whose connection is closed."""
 
 PATIENCE = 5.0
-"""How many times longer than others a rank may be silent that is seen to compute: Python may be kept from its threads."""
+"""How many times longer a rank may be silent that is seen to compute: long work in C keeps Python from its threads."""
+
+ON_ITS_WAY = "going to its next task"
+"""What a rank does that was given a task and has not said that it has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class Failure:
     """Which rank it was, if one is to blame."""
     lines: Sequence[str] = ()
     """What that wrote last."""
+    silent: bool = False
+    """Whether it is only that nothing came, though the ranks live and could be asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,21 +145,16 @@ class SiteState:
             if now - self.since > deadlines.start:
                 missing = [str(rank) for rank in range(self.site.ranks) if self._doing(rank) == "starting"]
                 return Failure(
-                    what=f"rank {', '.join(missing)} did not ask for a task within {deadlines.start:g} s of its start"
+                    silent=True,
+                    what=f"rank {', '.join(missing)} did not ask for a task within {deadlines.start:g} s of its start",
                 )
         elif self.task is not None and self.reply is None and now - self.since > deadlines.reply:
-            slow = next((rank for rank in range(self.site.ranks) if self._behind(rank)), 0)
-            return Failure(
-                what=f"gave no reply within {deadlines.reply:g} s; rank {slow} is at: {self._doing(slow)}", rank=slow
-            )
+            slow = next((rank for rank, each in sorted(self.ranks.items()) if each.doing == ON_ITS_WAY), 0)
+            return Failure(what=f"gave no reply within {deadlines.reply:g} s", rank=slow, silent=True)
         return None
 
     def _doing(self, rank: int) -> str:
         return self.ranks[rank].doing if rank in self.ranks else "starting"
-
-    def _behind(self, rank: int) -> bool:
-        """Tells whether a rank has not yet come to the task that the site was given."""
-        return self._doing(rank) != f"task {self.task}"
 
     def begin_attempt(self) -> None:
         """Forgets all that the site's processes were and said, before they are started again."""
