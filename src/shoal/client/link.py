@@ -14,6 +14,7 @@ from typing import Any
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.processes.messages import Message, receive, send
 from shoal.sites.address import ATTEMPT, NAME, Address
+from shoal.sites.connection import LEFT
 
 BEAT = 1.0
 """Seconds from one sign of life to the next."""
@@ -102,7 +103,7 @@ class Link:
             early: Whether before the federation's end.
         """
         if early and not self._over:
-            self.do("left")
+            self.do(LEFT)
         self._over = True
 
     def _say(self, message: Message, fd: int | None = None) -> bool:

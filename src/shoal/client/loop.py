@@ -34,7 +34,8 @@ class TaskSource:
         self._evaluate = evaluate
         self._link = connected()
         self._current: Task | None = None
-        self._group: RankGroup | None = None
+        # Now, while the server waits for a start: to import torch and to meet may take long.
+        self._group = RankGroup(_place()) if self._link is not None and self._link.ranks > 1 else None
         self._over = False
 
     def next_task(self) -> Task | None:
@@ -99,9 +100,7 @@ class TaskSource:
     def _arrays(self, link: Link, fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
         """Returns the arrays of a task by role; all lie in one memory, which rank 0 was sent."""
         header, data = _read(fd) if fd is not None else (None, None)
-        if link.ranks > 1:
-            if self._group is None:
-                self._group = RankGroup(_place())
+        if self._group is not None:
             header = self._group.from_leader(header)
             data = self._group.from_leader(data)
         if header is None or data is None:
@@ -149,11 +148,12 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
 
 
 def _yielded(source: TaskSource) -> Generator[Task]:
-    try:
-        while (task := source.next_task()) is not None:
+    while (task := source.next_task()) is not None:
+        try:
             yield task
-    finally:
-        source.leave()
+        except GeneratorExit:  # the script has left its loop, by break or by an exception
+            source.leave()
+            raise
 
 
 def _read(fd: int) -> tuple[np.ndarray, np.ndarray]:

@@ -84,4 +84,4 @@ class RankGroup:
             self._group.broadcast(self._torch.from_numpy(memory), 0).wait()
         except RuntimeError as error:
             first = str(error).splitlines()[0]
-            raise WorkerError(f"another rank of this site is gone: {first}") from error
+            raise WorkerError(f"another rank is gone: {first}") from error

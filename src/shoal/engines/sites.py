@@ -28,6 +28,9 @@ logger = logging.getLogger("shoal")
 LOOK = 0.2
 """Seconds between two looks at the sites' health."""
 
+WHERE = 2.0
+"""Seconds in which the ranks of a site that is late tell where they are."""
+
 OnFailure = Literal["stop", "continue", "restart"]
 
 
@@ -195,7 +198,7 @@ class SitesEngine:
             state.drop_reply()
             state.task, state.since = self._number, time.monotonic()
             for rank, connection in sorted(state.ranks.items()):
-                connection.doing = ON_ITS_WAY
+                connection.does(ON_ITS_WAY)
                 connection.post({"task": work.message(client)}, work.fd if rank == 0 else None)
 
     @staticmethod

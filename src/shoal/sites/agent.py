@@ -95,7 +95,8 @@ def _launch(body: Sequence[str] | Callable[[], None], ranks: int, orders: _Order
             launch_ranks(body, processes=ranks, all_heard=True)
     except RanksFailedError as error:
         failure = error.failure
-        return {"failed": {"rank": failure.rank, "what": str(failure), "lines": [line[:200] for line in failure.lines]}}
+        told = {"rank": failure.rank, "what": str(failure), "by_others": failure.by_others}
+        return {"failed": told | {"lines": [line[:200] for line in failure.lines]}}
     except (ShoalError, KeyboardInterrupt, OSError) as error:
         return {"failed": {"what": f"its ranks could not be run: {type(error).__name__}: {error}"[:2000]}}
     return {"ended": True}

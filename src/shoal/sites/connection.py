@@ -15,6 +15,10 @@ from shoal.processes.messages import Message, receive, send
 from shoal.processes.table import credentials, handle, kill
 
 
+LEFT = "left"
+"""What a rank does that takes no more tasks."""
+
+
 class Connection:
     """A process that has connected.
 
@@ -36,6 +40,8 @@ class Connection:
         """When it last said something."""
         self.doing = "starting"
         """What it last said that it does."""
+        self.changed = self.heard
+        """When it began to do that, or the connection ended."""
         self.where = ""
         """At which line of its script it said that it is; empty while it was not asked."""
         self.gone = False
@@ -52,6 +58,11 @@ class Connection:
         """
         self._unsent.append((dict(message), None if fd is None else os.dup(fd)))
         self.flush()
+
+    def does(self, what: str) -> None:
+        """Takes note of what the process says that it does."""
+        if what != self.doing and self.doing != LEFT:
+            self.doing, self.changed = what, time.monotonic()
 
     def flush(self) -> None:
         """Sends what waits, as far as the other end takes it."""
@@ -81,7 +92,7 @@ class Connection:
         except OSError:
             received = None
         if received is None:
-            self.gone = True
+            self.gone, self.changed = True, time.monotonic()
             return None
         self.heard = time.monotonic()
         return received

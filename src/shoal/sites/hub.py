@@ -135,7 +135,7 @@ class Hub:
             return
         _close(fd)
         if "doing" in message:
-            connection.doing = str(message["doing"])
+            connection.does(str(message["doing"]))
             state.evaluates |= bool(message.get("evaluates"))
         elif "where" in message:
             connection.where = str(message["where"])
@@ -178,7 +178,8 @@ class Hub:
         stranger.close()
 
     def _unregister(self, connection: Connection) -> None:
-        connection.gone = True
+        if not connection.gone:
+            connection.gone, connection.changed = True, time.monotonic()
         if connection.stream.fileno() >= 0 and connection.stream in self._selector.get_map():
             self._selector.unregister(connection.stream)
         if connection in self._strangers:
@@ -188,7 +189,12 @@ class Hub:
 
 def _failure(told: Mapping[str, Any]) -> Failure:
     rank = told.get("rank")
-    return Failure(what=str(told["what"]), rank=None if rank is None else int(rank), lines=tuple(told.get("lines", ())))
+    return Failure(
+        what=str(told["what"]),
+        rank=None if rank is None else int(rank),
+        lines=tuple(told.get("lines", ())),
+        by_others=bool(told.get("by_others")),
+    )
 
 
 def _close(fd: int | None) -> None:

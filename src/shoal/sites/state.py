@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from shoal.processes.table import Standing, standing
 from shoal.processes.tensors import TensorFile
-from shoal.sites.connection import Connection
+from shoal.sites.connection import LEFT, Connection
 from shoal.sites.spec import Site
 
 NEWS = 3.0
@@ -16,6 +16,8 @@ NEWS = 3.0
 
 PATIENCE = 5.0
 """How many times longer a rank may be silent that is seen to compute: long work in C keeps Python from its threads."""
+
+EARLY = "left its loop over the tasks before they ended"
 
 ON_ITS_WAY = "going to its next task"
 """What a rank does that was given a task and has not said that it has it."""
@@ -45,6 +47,8 @@ class Failure:
     """Which rank it was, if one is to blame."""
     lines: Sequence[str] = ()
     """What that wrote last."""
+    by_others: bool = False
+    """Whether it only follows from the end of another rank."""
     silent: bool = False
     """Whether it is only that nothing came, though the ranks live and could be asked."""
 
@@ -101,12 +105,15 @@ class SiteState:
     @property
     def ready(self) -> bool:
         """Whether all of its ranks have asked for a first task."""
-        return self.present and all(rank.doing != "starting" for rank in self.ranks.values())
+        return self.present and not any(rank.gone or rank.doing in ("starting", LEFT) for rank in self.ranks.values())
 
     def trouble(self, deadlines: Deadlines, now: float) -> Failure | None:
         """Returns what is wrong with the site; None where all is well."""
         if self.failure is not None:
-            return self.failure
+            left = next((rank for rank, each in sorted(self.ranks.items()) if each.doing == LEFT), None)
+            if left is None or not self.failure.by_others:
+                return self.failure
+            return Failure(what=f"rank {left} (process {self.ranks[left].pid}) {EARLY}", rank=left)
         if self.agent is not None and self.agent.gone and not self.ended:
             return Failure(what=f"its launcher (process {self.agent.pid}) has ended")
         if self.ended:
@@ -117,10 +124,10 @@ class SiteState:
         return self._late(deadlines, now)
 
     def _trouble_of(self, number: int, rank: Connection, deadlines: Deadlines, now: float) -> str | None:
-        if rank.gone and now - rank.heard > NEWS:
-            return "ended before the federation did"
-        if rank.doing == "left":
-            return "left its loop over the tasks before they ended"
+        if rank.gone or rank.doing == LEFT:
+            if now - rank.changed < NEWS:  # how it ended is not yet known
+                return None
+            return "ended before the federation did" if rank.gone else EARLY
         if not rank.gone and now - rank.heard > deadlines.silence:
             return self._silent(number, rank, deadlines, now)
         self._looks.pop(number, None)
