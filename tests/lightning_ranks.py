@@ -235,17 +235,18 @@ def main():
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    found = {
-        f"{name}, {strategy}": fit(job, strategy, world)
-        for name, job in (FITS | OTHERS).items()
-        for strategy in job.get("strategies", STRATEGIES)
-    }
+    found = {}
     for strategy in ("ddp", "fsdp in units"):
         run = folder / strategy
         found[f"training, {strategy}"] = train(strategy, world, run_dir=run)
         found[f"resumed, {strategy}"] = resumed(run, folder, f"{strategy} resumed", strategy, world)
         found[f"from one, {strategy}"] = resumed(folder / "one", folder, f"{strategy} from one", strategy, world)
     found["early"] = train("ddp", world, module=Disagreeing, metric="accuracy", patience=1, epochs=9)
+    found |= {
+        f"{name}, {strategy}": fit(job, strategy, world)
+        for name, job in (FITS | OTHERS).items()
+        for strategy in job.get("strategies", STRATEGIES)
+    }
     (folder / f"rank-{rank}.json").write_text(json.dumps(found))
 
 

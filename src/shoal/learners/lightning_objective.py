@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from shoal import trees
 from shoal.errors import ConfigurationError
-from shoal.learners.lightning_sharded import divides, parts_of
+from shoal.learners.lightning_sharded import divides, own_name, parts_of
 from shoal.learners.torch_model import ObjectiveGradient, ResidentModel
 from shoal.types import Array, Broadcast, ModelState
 
@@ -54,7 +54,7 @@ class LocalObjectiveCallback(Callback):
     """
 
     _resident: ResidentModel
-    """The module's own arrays by name, from its setup on."""
+    """The module's own names, as they were before a strategy wrapped its parts."""
 
     def __init__(self, broadcast: Broadcast) -> None:
         self._broadcast = broadcast
@@ -67,8 +67,10 @@ class LocalObjectiveCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings the terms to where the parameters are."""
         resident = self._resident
-        resident.device = next(iter(resident.params.values())).device
-        broadcast = _divided(self._broadcast, trainer, resident) if divides(trainer) else self._broadcast
+        current = {own_name(name): parameter for name, parameter in pl_module.named_parameters()}
+        params = {name: current[name] for name in resident.params}
+        resident.device = next(iter(params.values())).device
+        broadcast = _divided(self._broadcast, trainer, params) if divides(trainer) else self._broadcast
         for optimizer in trainer.optimizers:
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
             if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -78,7 +80,7 @@ class LocalObjectiveCallback(Callback):
                 )
             own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             # Of some parameters a rank may have no part.
-            stepped = {name: p for name, p in resident.params.items() if id(p) in own and p.numel()}
+            stepped = {name: p for name, p in params.items() if id(p) in own and p.numel()}
             self._gradients[id(optimizer)] = ObjectiveGradient(broadcast, resident, stepped)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -91,11 +93,11 @@ class LocalObjectiveCallback(Callback):
         del self._resident
 
 
-def _divided(broadcast: Broadcast, trainer: Trainer, resident: ResidentModel) -> Broadcast:
-    """Returns this rank's part of a broadcast, of which the module has just taken the parameters."""
+def _divided(broadcast: Broadcast, trainer: Trainer, params: Mapping[str, Tensor]) -> Broadcast:
+    """Returns this rank's part of a broadcast, whose parameters are those that the module has now."""
     objective, model = broadcast.objective, trainer.strategy.model
     if objective.correction and model is not None:
-        correction = parts_of(objective.correction, model, resident.params)
+        correction = parts_of(objective.correction, model, params)
         objective = dataclasses.replace(objective, correction=correction)
-    params = trees.copy(resident.params) if objective.proximal else {}
-    return dataclasses.replace(broadcast, model=ModelState(params=params), objective=objective)
+    anchor = trees.copy(params) if objective.proximal else {}
+    return dataclasses.replace(broadcast, model=ModelState(params=anchor), objective=objective)
