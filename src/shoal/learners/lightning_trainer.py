@@ -293,12 +293,19 @@ def _check_launch(trainer: Trainer, strategy: Any) -> None:
         )
     place = Launched.here()
     if started and place is not None and not isinstance(trainer.strategy, SingleDeviceStrategy):
-        asked = trainer.num_devices * trainer.num_nodes
-        if asked != place.count:
-            raise ConfigurationError(
-                f"{place.count} processes were started, and the trainer has devices={trainer.num_devices} on "
-                f"{trainer.num_nodes} machines: say devices={place.local_count}, or start {asked}"
-            )
+        _check_count(trainer, place)
+
+
+def _check_count(trainer: Trainer, place: Launched) -> None:
+    """Refuses a trainer that has not a device for each process."""
+    devices = trainer.num_devices * trainer.num_nodes
+    if devices != place.count:
+        nodes = place.count // place.local_count
+        machines = f", num_nodes={nodes}" if nodes > 1 else ""
+        raise ConfigurationError(
+            f"{place.count} processes were started, and the trainer has {devices} devices: "
+            f"say devices={place.local_count}{machines} in its options, or start {devices}"
+        )
 
 
 def _check_kind(trainer: Trainer, name: str) -> None:
