@@ -163,11 +163,18 @@ def launched(trainer: Trainer, folder: Path) -> Iterator[None]:
         WorkerError: A rank has failed, or did not start in time.
     """
     launcher = trainer.strategy.launcher
-    if launcher is None or _started_elsewhere(trainer):
-        with _same_environment():
+    if _started_elsewhere(trainer):
+        before = dict(os.environ)
+        try:
             yield
+        finally:
+            os.environ |= before | os.environ  # Lightning takes away what it takes for its own, such as WORLD_SIZE
         return
-    with _LAUNCH, _same_environment():
+    if launcher is None:
+        yield
+        return
+    with _LAUNCH:
+        before = dict(os.environ)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
         alone = not torch.distributed.is_initialized()
@@ -188,17 +195,8 @@ def launched(trainer: Trainer, folder: Path) -> Iterator[None]:
             if alone and torch.distributed.is_initialized():  # with "ddp" on one device it is this process's
                 torch.distributed.destroy_process_group()
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def _same_environment() -> Iterator[None]:
-    """Restores this process's environment, of which Lightning takes away what a launcher has said of the ranks."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
+            os.environ.clear()
+            os.environ |= before
 
 
 @contextmanager
