@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 
 import shoal
@@ -41,6 +43,16 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+
+
+class CpuFsdp(FSDPStrategy):
+    """Lightning's FSDP on a CPU, where Lightning itself names no device, and torch wants one."""
+
+    def _setup_model(self, model):
+        return FullyShardedDataParallel(
+            model, device_id=torch.device("cpu"), mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy, **self.kwargs,
+        )  # fmt: skip
 
 
 class Scheduled(Classifier):

@@ -53,6 +53,13 @@ def trained(engine, model, optimizer, sizes, method, dtype):
 
 REFERENCES: dict[tuple, dict] = {}
 
+GROUPED = [
+    # In one process of those that share the tests, so that the reference is trained in one of them alone.
+    pytest.param(model, dtype, id=f"{model}-{name}", marks=pytest.mark.xdist_group(f"{model} in {name}"))
+    for model in MODELS
+    for name, dtype in (("fp32", torch.float32), ("fp64", torch.float64))
+]
+
 
 def reference(*case):
     """The same cases for every engine: the reference is trained once for each."""
@@ -65,8 +72,7 @@ def reference(*case):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize(("model", "dtype"), GROUPED)
 def test_it_ends_where_the_reference_does(engine, dtype, model, optimizer, sizes, method):
     if model == "batch_norm" and sizes == "one":
         sizes = "ragged"  # a batch of one sample is still one of 6 × 6 values, but its variance is ill-conditioned

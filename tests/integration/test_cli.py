@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from shoal.cli.main import main
+
 TIMEOUT = 120
 COMMAND = [sys.executable, "-m", "shoal"]
 
@@ -27,6 +29,25 @@ def shoal(*arguments, cwd, **environment):
         text=True,
         timeout=TIMEOUT,
     )
+
+
+@pytest.fixture
+def refuse(monkeypatch, capfd, tmp_path):
+    """Runs the command in this process, where it must refuse; returns the line that it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def refuse(*arguments):
+        monkeypatch.setattr(sys, "argv", ["shoal", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1, said
+        return said
+
+    return refuse
 
 
 def files_below(folder: Path):
@@ -186,13 +207,19 @@ def test_an_experiment_file_and_its_settings(experiment):
         (["--set", "algorithm=fedprox", "--set", "algorithm.mu=-1"], "FedProx: mu must be ≥ 0, not -1.0"),
     ],
 )
-def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, experiment):
+def test_bad_input_gets_one_clear_line_and_writes_nothing(refuse, arguments, message, experiment):
     before = files_below(experiment)
-    done = shoal("federate", "mine.py", *arguments, cwd=experiment, PYTHONDONTWRITEBYTECODE="1")
+    line = refuse("federate", "mine.py", *arguments)
+    assert line.startswith("shoal: error: ")
+    assert message in line
+    assert files_below(experiment) == before
+
+
+def test_a_process_that_refuses_says_one_line_and_exits_with_2(experiment):
+    before = files_below(experiment)
+    done = shoal("federate", "mine.py", "--set", "bad=nan", cwd=experiment, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.startswith("shoal: error: ")
-    assert message in done.stderr
+    assert re.fullmatch(r"shoal: error: arrays: sample 17 has an input that is NaN or infinite.*\n", done.stderr)
     assert files_below(experiment) == before
 
 
@@ -210,12 +237,9 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(arguments, message, ex
         (["demo", "--run-dir", "."], "holds other things (empty.py, …) and no run"),
     ],
 )
-def test_names_that_do_not_exist(arguments, message, tmp_path):
+def test_names_that_do_not_exist(refuse, arguments, message, tmp_path):
     (tmp_path / "empty.py").write_text("")
-    done = shoal(*arguments, cwd=tmp_path, PYTHONDONTWRITEBYTECODE="1")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert message in done.stderr
+    assert message in refuse(*arguments)
     assert files_below(tmp_path) == ["empty.py"]
 
 

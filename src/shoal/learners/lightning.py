@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from shoal.data import Dataset, Subset
 from shoal.description import dataclass_fields
-from shoal.devices import Accelerator, Devices, Launched, Precision
+from shoal.devices import Devices, Launched
 from shoal.errors import ConfigurationError, DataError, MissingExtraError
 from shoal.learners.batches import batch_sizes, draw_order, draw_seed
 from shoal.learners.torch_devices import computing, may_use_cuda, preload
 from shoal.learners.torch_model import ResidentModel, seeded
+from shoal.learners.torch_ranks import Ranks, joined
 from shoal.types import Broadcast, ModelState, Params, Update
 
 try:
@@ -34,9 +36,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from shoal.learners.lightning_carrier import Carried, Carrier, count_on
+from shoal.learners.lightning_devices import PLACING, device_count, devices_of, options_on
 from shoal.learners.lightning_metrics import LoggedMeans
-from shoal.learners.lightning_objective import LocalObjectiveCallback, changed
+from shoal.learners.lightning_objective import LocalObjectiveCallback, arrays_of, changed
 from shoal.learners.lightning_samples import ClientSamples, EqualExamples, loader, portable
+from shoal.learners.lightning_sharded import check_divisible, divides
 from shoal.learners.lightning_trainer import (
     check_options,
     fit_trainer,
@@ -48,21 +52,6 @@ from shoal.learners.lightning_trainer import (
 from shoal.learners.lightning_training import LightningTraining
 
 CPU = torch.device("cpu")
-
-ACCELERATORS: Mapping[str, Accelerator] = {"auto": "auto", "cpu": "cpu", "gpu": "cuda", "cuda": "cuda"}
-"""Lightning's names of accelerators in those of :class:`~shoal.Devices`."""
-
-PRECISIONS: Mapping[Any, Precision] = {
-    "bf16-mixed": "bf16",
-    "bf16": "bf16",
-    "16-mixed": "fp16",
-    16: "fp16",
-    "16": "fp16",
-}
-"""Lightning's names of precisions in those of :class:`~shoal.Devices`; the others are the trainer's alone."""
-
-MIXED = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
-"""The precisions of :class:`~shoal.Devices` in Lightning's names."""
 
 OWNED_BY_LOADER = (
     "dataset",
@@ -96,9 +85,10 @@ class LightningLearner:
     buffers are rank 0's.
 
     Strategies that start processes from a function (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``) work anywhere, the
-    first where the module's class can be imported. ``ddp`` works under torchrun, where every rank calls :meth:`fit` and
-    gets the same update. Strategies that divide the parameters (``fsdp``, ``deepspeed``) are refused. A rank that dies
-    ends the call with an error; forked ranks compute with one CPU thread each.
+    first where the module's class can be imported. ``ddp`` and ``fsdp`` work under torchrun or Slurm, where every rank
+    calls :meth:`fit` and gets the same update, whole. Other strategies that divide the parameters are refused, because
+    nothing gathers them here. A rank that dies ends the call with an error; forked ranks compute with one CPU thread
+    each.
 
     Raises:
         ConfigurationError: A value is out of its range, or an option cannot be used here.
@@ -144,34 +134,23 @@ class LightningLearner:
 
     @property
     def devices(self) -> Devices:
-        """The trainer's accelerator and precision. How many devices it uses, and how, is in the trainer options."""
-        accelerator = self.trainer.get("accelerator", "auto")
-        return Devices(
-            accelerator=ACCELERATORS.get(accelerator, "auto") if isinstance(accelerator, str) else "auto",
-            precision=PRECISIONS.get(self.trainer.get("precision"), "fp32"),
-            threads=self.threads,
-        )
+        """What the trainer options say of devices.
+
+        The strategy is ``single`` for one device, and for strategies that start processes from a function, which are
+        one process from outside.
+        """
+        return devices_of(self.trainer, self.threads)
 
     def on(self, devices: Devices) -> Self:
-        """Returns the same learner with another accelerator, precision or number of threads.
+        """Returns the same learner with other devices, precision or number of threads in its trainer options.
+
+        With ``ddp`` and ``fsdp`` the trainer has the devices of this machine that a launcher has started processes for.
 
         Raises:
-            ConfigurationError: A strategy, or certain devices, are asked for: they belong into the trainer options.
+            ConfigurationError: Lightning has no such strategy, or not there; or the trainer options hold another one as
+                an object.
         """
-        before = self.devices
-        told = Devices(accelerator=devices.accelerator, precision=devices.precision, threads=devices.threads)
-        if told != devices:
-            raise ConfigurationError(
-                f"{devices} cannot be put on a LightningLearner: say the strategy and the devices in its trainer "
-                'options, as in trainer={"strategy": "ddp_spawn", "devices": 2}'
-            )
-        options = dict(self.trainer)
-        if devices.accelerator != before.accelerator:
-            options["accelerator"] = devices.accelerator
-            if isinstance(options.get("devices"), list | tuple):  # indices of another accelerator's
-                options["devices"] = len(options["devices"])
-        if devices.precision != before.precision:
-            options["precision"] = MIXED[devices.precision]
+        options = options_on(self.trainer, devices)
         return dataclasses.replace(self, trainer=options, threads=devices.threads)
 
     def preload(self) -> None:
@@ -216,10 +195,20 @@ class LightningLearner:
         """
         if len(data) == 0:
             raise DataError("there is no example to train on")
-        resident = self._copy(broadcast.model)
-        module: Any = resident.module
+        arrays, means, divided = self._train(broadcast, data, rng)
+        if divided:
+            gc.collect()  # the wrapped module refers to itself, and still has its part of the device
+        delta, buffers = changed(arrays, broadcast.model)
+        return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
+
+    def _train(
+        self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
+    ) -> tuple[Mapping[str, Tensor], dict[str, float], bool]:
+        """Returns the arrays after training, the metrics, and whether the module was divided."""
+        module: Any = self._copy(broadcast.model).module
         with tempfile.TemporaryDirectory(prefix="shoal-") as folder:
             trainer, samples, carrier = self._prepare(broadcast, data, rng, Path(folder))
+            check_divisible(trainer, module)
             elsewhere = starts_processes(trainer)
             device = CPU if elsewhere else trainer.strategy.root_device
             with quietly(), self._computing(device), launched(trainer, Path(folder)):
@@ -227,14 +216,14 @@ class LightningLearner:
             means, carried = carrier.results(elsewhere=elsewhere)
         if self.keep_optimizer:
             self.__dict__["_carried"] = carried
-        delta, buffers = changed(module, broadcast.model)
-        return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
+        return carrier.arrays or arrays_of(module), means, divides(trainer)
 
     def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
         """Returns what the module's ``validation_step`` logs, as means over ``data``.
 
-        It runs on the first of the trainer's devices, so that no example counts twice; without the user's callbacks and
-        loggers. A module without ``validation_step`` has its ``test_step`` run.
+        It runs on the first of the trainer's devices, under a launcher on each rank's own, so that no example counts
+        twice; the whole model must fit there. The user's callbacks and loggers are left out. A module without
+        ``validation_step`` has its ``test_step`` run.
 
         Raises:
             DataError: There is no example.
@@ -257,7 +246,7 @@ class LightningLearner:
             DataError: The module does not take the data.
             ConfigurationError: The trainer options cannot be.
         """
-        fit_trainer(self.trainer)
+        check_divisible(fit_trainer(self.trainer), cast("LightningModule", self.first.module))
         labels = data.known_targets()
         ends = np.arange(min(2, len(data)))
         if labels is not None and labels.ndim == 1 and len(data):
@@ -277,7 +266,8 @@ class LightningLearner:
     def training(self, data: Dataset, *, epochs: int, seed: int, scale_lr: bool = False) -> Iterator[LightningTraining]:
         """Begins a training, epoch by epoch; optimizers and schedulers go on from one to the next.
 
-        Strategies that start processes start them anew for each epoch.
+        With ``ddp`` and ``fsdp`` all ranks that a launcher has started call this, with the same arguments. Strategies
+        that start processes start them anew for each epoch.
 
         Args:
             data: All examples.
@@ -286,19 +276,21 @@ class LightningLearner:
             scale_lr: Must be False: the learning rates are the module's own.
 
         Raises:
-            ConfigurationError: Rates are to be scaled, or a launcher has started several processes.
+            ConfigurationError: Rates are to be scaled, or a launcher has started processes that the trainer has no
+                devices for.
+            WorkerError: The other ranks did not come.
         """
         if scale_lr:
             raise ConfigurationError("scale_lr is for a TorchLearner: a LightningModule makes its own optimizers")
-        place = Launched.here()
-        if place is not None and place.count > 1:
-            raise ConfigurationError(
-                f"{place.count} processes were started, and a LightningModule trains from one: start one, and say "
-                'trainer={"strategy": "ddp_spawn", "devices": …}'
-            )
         learner = dataclasses.replace(self, epochs=1, steps=None, keep_optimizer=True)
         devices = fit_trainer(self.trainer).world_size
-        yield LightningTraining(learner, data, epochs=epochs, seed=seed, devices=devices)
+        place = Launched.here()
+        # One process has no one to join, and CUDA may have to stay untouched in it.
+        with joined(self.devices) if place is not None and place.count > 1 else nullcontext(Ranks()) as ranks:
+            try:
+                yield LightningTraining(learner, data, epochs=epochs, seed=seed, devices=devices, ranks=ranks)
+            finally:
+                gc.collect()  # Lightning's wrappers must not outlive the ranks' group
 
     def carried(self) -> Carried:
         """Returns the state of optimizers, schedulers and counters after the last :meth:`fit`, to be saved.
@@ -331,10 +323,13 @@ class LightningLearner:
         return self.first.state_dict(model)
 
     def describe(self) -> dict[str, Any]:
-        """Returns what decides the learner's numbers, as JSON."""
+        """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
         fields = dataclass_fields(self)
         left_out = ("eval_batch_size", "loaders", "threads")
-        return {"name": type(self).__name__, **{name: fields[name] for name in fields if name not in left_out}}
+        kept = {name: fields[name] for name in fields if name not in left_out}
+        kept["trainer"] = {name: option for name, option in kept["trainer"].items() if name not in PLACING}
+        kept["batch_size"] = self.batch_size and self.batch_size * (device_count(self.trainer) or 1)  # of all ranks
+        return {"name": type(self).__name__, **kept}
 
     @cached_property
     def first(self) -> ResidentModel:
@@ -365,7 +360,13 @@ class LightningLearner:
         samples = ClientSamples(data, self.loaders, seed)
         means = LoggedMeans(samples)
         carrier = Carrier(
-            means, seed=seed, threads=self.threads, folder=folder, carried=carried, keep=self.keep_optimizer
+            means,
+            buffers=tuple(broadcast.model.buffers),
+            seed=seed,
+            threads=self.threads,
+            folder=folder,
+            carried=carried,
+            keep=self.keep_optimizer,
         )
         trainer = fit_trainer(self.trainer, [EqualExamples(samples), LocalObjectiveCallback(broadcast), means, carrier])
         if starts_processes(trainer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.optim import Optimizer
 
 from shoal.errors import ConfigurationError
 from shoal.learners.lightning_metrics import LoggedMeans, gather_json
-from shoal.learners.lightning_objective import around
+from shoal.learners.lightning_sharded import divides, own_name, put_state, whole_arrays, whole_state
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import Hush, end_with_caller, forks
 from shoal.learners.lightning_watch import tell_started
@@ -31,6 +33,7 @@ class Carrier(Callback):
 
     Args:
         means: Has the metrics when training has ended.
+        buffers: The names of those that rank 0 decides.
         seed: Seeds torch; the same on every rank, which adds its number.
         threads: CPU threads that one operation of a started process may use; None leaves it to Lightning.
         folder: Where files may be put.
@@ -39,9 +42,18 @@ class Carrier(Callback):
     """
 
     def __init__(
-        self, means: LoggedMeans, *, seed: int, threads: int | None, folder: Path, carried: Carried | None, keep: bool
+        self,
+        means: LoggedMeans,
+        *,
+        buffers: Collection[str],
+        seed: int,
+        threads: int | None,
+        folder: Path,
+        carried: Carried | None,
+        keep: bool,
     ) -> None:
         self._means = means
+        self._buffers = buffers
         self._seed = seed
         self._threads = threads
         self._folder = folder
@@ -49,6 +61,8 @@ class Carrier(Callback):
         self._keep = keep
         self._caller = os.getpid()
         self._hush = Hush()
+        self.arrays: dict[str, Tensor] | None = None
+        """The module's arrays after training, where a strategy has divided them; None where they are in the module."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes itself at home in a process that Lightning has started."""
@@ -80,8 +94,11 @@ class Carrier(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the ranks' models equal, and hands over the results. It is called after the metrics are made."""
         if trainer.world_size > 1:
-            for buffer in around(pl_module).buffers.values():  # each rank has seen other examples
-                torch.distributed.broadcast(buffer, 0)
+            for name, buffer in pl_module.named_buffers():
+                if own_name(name) in self._buffers:  # each rank has seen other examples
+                    torch.distributed.broadcast(buffer, 0)
+        if divides(trainer) and trainer.strategy.model is not None:
+            self.arrays = whole_arrays(trainer.strategy.model)
         if self._keep:
             self._carried = _state(trainer)
         if os.getpid() != self._caller and trainer.is_global_zero:
@@ -108,12 +125,20 @@ def _state(trainer: Trainer) -> Carried:
     """Returns what a further call goes on from."""
     tensors, meta = pack(
         {
-            "optimizers": [trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+            "optimizers": [_state_of(trainer, optimizer) for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "precision": trainer.precision_plugin.state_dict(),
         }
     )
     return tensors, {"state": meta, "epochs": trainer.current_epoch, "steps": trainer.global_step}
+
+
+def _state_of(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
+    """Returns an optimizer's state, whole and in one form whatever the strategy."""
+    model = trainer.strategy.model
+    if divides(trainer) and model is not None:
+        return whole_state(model, optimizer)
+    return trainer.strategy.optimizer_state(optimizer)
 
 
 def _restore(trainer: Trainer, carried: Carried) -> None:
@@ -124,7 +149,12 @@ def _restore(trainer: Trainer, carried: Carried) -> None:
             raise ConfigurationError(
                 f"the state taken up is of {len(state[kind])} {kind}, but the module configures {len(now)}"
             )
-    trainer.strategy.load_optimizer_state_dict({"optimizer_states": state["optimizers"]})
+    model = trainer.strategy.model
+    if divides(trainer) and model is not None:
+        for optimizer, kept in zip(trainer.optimizers, state["optimizers"], strict=True):
+            put_state(model, optimizer, kept)
+    else:
+        trainer.strategy.load_optimizer_state_dict({"optimizer_states": state["optimizers"]})
     for config, scheduler in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
         config.scheduler.load_state_dict(scheduler)
     trainer.precision_plugin.load_state_dict(state["precision"])

@@ -20,12 +20,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but from C
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from shoal.devices import Launched
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.lightning_watch import Watch
 
@@ -162,7 +163,14 @@ def launched(trainer: Trainer, folder: Path) -> Iterator[None]:
         WorkerError: A rank has failed, or did not start in time.
     """
     launcher = trainer.strategy.launcher
-    if launcher is None or _started_elsewhere(trainer):
+    if _started_elsewhere(trainer):
+        before = dict(os.environ)
+        try:
+            yield
+        finally:
+            os.environ |= before | os.environ  # Lightning takes away what it takes for its own, such as WORLD_SIZE
+        return
+    if launcher is None:
         yield
         return
     with _LAUNCH:
@@ -239,6 +247,8 @@ def _ignore_hints() -> None:
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
     # Forked ranks compute with one thread, see `launched`; the store's own thread stays with the caller.
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
+    # On one device there is nothing to divide, and torch says so.
+    warnings.filterwarnings("ignore", message="FSDP is switching to use `NO_SHARD`", category=UserWarning)
     # Lightning 2.6 calls what torch 2.13 has replaced.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
 
@@ -264,23 +274,50 @@ def _impatient(strategy: str, accelerator: Any) -> Any:
 
 def _check_launch(trainer: Trainer, strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(trainer.strategy).__name__
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ConfigurationError(
-            f"strategy {name} divides the parameters among its devices, which LightningLearner does not gather: "
-            "use strategy='ddp', 'ddp_spawn' or 'ddp_fork'"
-        )
-    launcher = trainer.strategy.launcher
+    _check_kind(trainer, name)
+    launcher, started = trainer.strategy.launcher, _started_elsewhere(trainer)
     if isinstance(launcher, _MultiProcessingLauncher):
-        if _started_elsewhere(trainer):
+        if started:
             raise ConfigurationError(
                 f"strategy {name} starts processes, and a launcher has started some already: use strategy='ddp'"
             )
         if trainer.num_nodes > 1:
             raise ConfigurationError(f"strategy {name} is for one machine: use strategy='ddp' and torchrun on each")
-    elif isinstance(launcher, _SubprocessScriptLauncher) and trainer.world_size > 1 and not _started_elsewhere(trainer):
+    elif isinstance(launcher, _SubprocessScriptLauncher) and trainer.world_size > 1 and not started:
+        spawned = "" if isinstance(trainer.strategy, FSDPStrategy) else "use strategy='ddp_spawn', or "
         raise ConfigurationError(
             f"strategy {name} with {trainer.world_size} devices runs the whole program once more for each: "
-            f"use strategy='ddp_spawn', or start the program with torchrun --nproc_per_node={trainer.num_devices}"
+            f"{spawned}start the program with torchrun --nproc_per_node={trainer.num_devices}"
+        )
+    place = Launched.here()
+    if started and place is not None and not isinstance(trainer.strategy, SingleDeviceStrategy):
+        _check_count(trainer, place)
+
+
+def _check_count(trainer: Trainer, place: Launched) -> None:
+    """Refuses a trainer that has not a device for each process."""
+    devices = trainer.num_devices * trainer.num_nodes
+    if devices != place.count:
+        nodes = place.count // place.local_count
+        machines = f", num_nodes={nodes}" if nodes > 1 else ""
+        raise ConfigurationError(
+            f"{place.count} processes were started, and the trainer has {devices} devices: "
+            f"say devices={place.local_count}{machines} in its options, or start {devices}"
+        )
+
+
+def _check_kind(trainer: Trainer, name: str) -> None:
+    """Refuses strategies whose parameters cannot be gathered."""
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        if not strategy.kwargs.get("use_orig_params", True):
+            raise ConfigurationError(
+                f"strategy {name} with use_orig_params=False trains arrays without names: leave it out"
+            )
+    elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ConfigurationError(
+            f"strategy {name} divides the parameters among its devices in a way that LightningLearner does not gather: "
+            "use strategy='fsdp' or 'ddp'"
         )
 
 

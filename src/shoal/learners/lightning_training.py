@@ -15,6 +15,7 @@ from shoal import trees
 from shoal.data import Dataset
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Batching, never
+from shoal.learners.torch_ranks import Ranks, explained
 from shoal.learners.torch_usage import Usage
 from shoal.randomness import generator
 from shoal.types import Broadcast, ModelState, Params
@@ -34,12 +35,16 @@ class LightningTraining:
         epochs: Passes over them.
         seed: Decides the first parameters, the order of the examples and the noise.
         devices: How many the trainer uses.
+        ranks: The processes that a launcher has started, which all call this.
     """
 
-    def __init__(self, learner: LightningLearner, data: Dataset, *, epochs: int, seed: int, devices: int) -> None:
-        self.rank = 0
+    def __init__(
+        self, learner: LightningLearner, data: Dataset, *, epochs: int, seed: int, devices: int, ranks: Ranks
+    ) -> None:
+        self._ranks = ranks
+        self.rank = ranks.rank
         """Which rank this is."""
-        self.ranks = 1
+        self.ranks = ranks.count
         """How many processes call this; those that the trainer starts do not count."""
         self.batching = Batching(
             per_device=learner.batch_size or -(-len(data) // devices),
@@ -67,15 +72,19 @@ class LightningTraining:
 
         Args:
             until: The number of epochs to have done then, more than now.
-            stop: Asked before each further epoch whether to leave it at that.
+            stop: Asked before each further epoch whether to leave it at that; with several ranks it must not say so.
 
         Returns:
             What the module logged in the last of them, and the number of examples in one.
+
+        Raises:
+            WorkerError: A rank is gone.
         """
         means: dict[str, float] = {}
         while self.step < until:
             rng = generator(self._seed, "fit", round=self.step + 1)
-            update = self._learner.fit(Broadcast(round=0, model=self._model), self._data, rng)
+            with explained():
+                update = self._learner.fit(Broadcast(round=0, model=self._model), self._data, rng)
             self._model = ModelState(
                 params=trees.advance(self._model.params, update.delta),
                 buffers=trees.advance(self._model.buffers, update.buffers),
@@ -89,8 +98,15 @@ class LightningTraining:
         return means, len(self._data)
 
     def evaluate(self, data: Dataset) -> dict[str, float]:
-        """Returns what the module's validation step logs, as means over ``data``."""
-        return self._learner.evaluate(self._model, data)
+        """Returns what the module's validation step logs, as means over ``data``: rank 0's, lest the ranks disagree.
+
+        Raises:
+            DataError: There is no example.
+            WorkerError: A rank is gone.
+        """
+        with explained():
+            own = self._learner.evaluate(self._model, data)
+        return dict(zip(own, self._ranks.from_leader(list(own.values())), strict=True))
 
     def confusion(self, data: Dataset) -> np.ndarray | None:
         """Returns None: what a module's output means is the module's own business."""
@@ -101,9 +117,13 @@ class LightningTraining:
         return []
 
     def usage(self) -> list[tuple[float, float]]:
-        """Returns this process's peak memory in bytes, and nothing known of how busy the devices were."""
+        """Returns each process's peak memory in bytes, and nothing known of how busy the devices were.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
         peak, _ = self._usage.read()
-        return [(peak, math.nan)]
+        return [(peak, math.nan) for [peak] in self._ranks.gather([peak])]
 
     def recorded(self, path: Path) -> AbstractContextManager[None]:
         """Refuses: the steps are in Lightning's loop, which has a profiler of its own.
@@ -114,8 +134,12 @@ class LightningTraining:
         raise ConfigurationError("trace=True records steps, which Lightning takes: use trainer={'profiler': 'pytorch'}")
 
     def agreed(self, seconds: float) -> float:
-        """Returns what was given."""
-        return seconds
+        """Returns what rank 0 says.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        return self._ranks.from_leader([seconds])[0]
 
     def model(self) -> ModelState:
         """Returns copies of the model's arrays."""
@@ -125,28 +149,45 @@ class LightningTraining:
         )
 
     def put(self, model: ModelState | None) -> None:
-        """Replaces the model's arrays; None leaves them as they are."""
-        if model is not None:
-            self._model = model
+        """Replaces the model's arrays by those that rank 0 gives; the others give None."""
+        shared, _ = self._ranks.share(None if model is None else _flat(model), {})
+        if shared:
+            self._model = _model(trees.unflatten(shared))
 
     def state(self) -> tuple[Params, dict[str, Any]]:
-        """Returns all that a crash must not lose, as arrays and JSON."""
+        """Returns all that a crash must not lose, as arrays and JSON; every rank has all of it."""
         tensors, meta = self._learner.carried()
-        model = self._model
-        parts = {"params": model.params, "buffers": model.buffers, "constants": model.constants, CARRIED: tensors}
-        return trees.flatten(parts), {"step": self.step, CARRIED: meta}
+        return _flat(self._model, tensors), {"step": self.step, CARRIED: meta}
 
     def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Goes on from a state.
+        """Goes on from a state, which may have been written by another number of ranks.
+
+        Args:
+            tensors: As :meth:`state` gave them; None on ranks other than 0, and where there is no state.
+            meta: Likewise, and further JSON.
 
         Returns:
-            The JSON; empty where there is no state.
+            The JSON of rank 0; empty where there is no state.
+
+        Raises:
+            WorkerError: A rank is gone.
         """
-        if tensors is None or meta is None:
+        shared, told = self._ranks.share(tensors, meta)
+        if not told:
             return {}
-        parts = trees.unflatten(tensors)
-        names = ("params", "buffers", "constants")
-        self._model = ModelState(**{name: parts.get(name, {}) for name in names})
-        self._learner.take_up(parts.get(CARRIED, {}), meta[CARRIED])
-        self.step = int(meta["step"])
-        return dict(meta)
+        parts = trees.unflatten(shared)
+        self._model = _model(parts)
+        self._learner.take_up(parts.get(CARRIED, {}), told[CARRIED])
+        self.step = int(told["step"])
+        return told
+
+
+def _flat(model: ModelState, carried: Params | None = None) -> dict[str, Any]:
+    """Returns all arrays in one flat tree."""
+    parts = {"params": model.params, "buffers": model.buffers, "constants": model.constants, CARRIED: carried or {}}
+    return trees.flatten(parts)
+
+
+def _model(parts: Mapping[str, Params]) -> ModelState:
+    """Returns the model in a tree that :func:`_flat` made."""
+    return ModelState(**{name: parts.get(name, {}) for name in ("params", "buffers", "constants")})

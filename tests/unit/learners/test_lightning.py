@@ -20,8 +20,10 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load, save
 
 import shoal
-from lightning_modules import Classifier, Dying, Failing, Scheduled, fit, ranked
+from lightning_modules import Classifier, CpuFsdp, Dying, Failing, Scheduled, fit, ranked
 from shoal import trees
+from shoal.cli.exits import REFUSED
+from shoal.cli.main import main
 from shoal.data import ArrayDataset
 from shoal.errors import ConfigurationError, DataError, WorkerError
 from shoal.learners import lightning_watch
@@ -30,7 +32,7 @@ from shoal.learners.lightning_carrier import Carrier
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import SILENCE, fit_trainer
 from shoal.types import Broadcast, ModelState
-from support import BatchNormNet, assert_equal, learner, samples
+from support import BatchNormNet, assert_equal, learner, population, samples
 
 TESTS = Path(__file__).parents[2]
 
@@ -51,10 +53,11 @@ def test_it_is_a_learner_and_its_calls_leave_no_trace():
     assert_equal(ours.init(0).params, lightning(partial(Classifier, BatchNormNet)).init(0).params)
 
 
-def test_a_distributed_strategy_on_one_device_starts_nothing():
+@pytest.mark.parametrize("strategy", ["ddp", CpuFsdp()], ids=["ddp", "fsdp"])
+def test_a_distributed_strategy_on_one_device_starts_nothing(strategy):
     environment = dict(os.environ)
     for _ in range(2):
-        update = fit(lightning(trainer={"strategy": "ddp", "devices": 1}))
+        update = fit(lightning(trainer={"strategy": strategy, "devices": 1}))
         assert_equal(update.delta, fit(lightning()).delta, atol=1e-7)
     assert dict(os.environ) == environment
     assert not torch.distributed.is_initialized()
@@ -214,7 +217,22 @@ def test_what_the_learner_decides_itself_is_refused(settings, said):
         ({"strategy": "ddp", "devices": 2}, "use strategy='ddp_spawn', or start the program with torchrun --nproc_per"),
         ({"devices": 2}, "use strategy='ddp_spawn'"),
         ({"strategy": "fsdp", "devices": 2}, "Lightning refuses .* requires a GPU"),
-        ({"strategy": ModelParallelStrategy(), "devices": 2}, "strategy ModelParallelStrategy divides the parameters"),
+        (
+            {"strategy": ModelParallelStrategy(), "devices": 2},
+            "ModelParallelStrategy divides .* use strategy='fsdp'",
+        ),
+        (
+            {"strategy": CpuFsdp(), "devices": 2},
+            "CpuFsdp with 2 devices .* each: start .* torchrun --nproc",
+        ),
+        (
+            {"strategy": CpuFsdp(use_orig_params=False), "devices": 1},
+            "use_orig_params=False trains arrays without",
+        ),
+        (
+            {"strategy": CpuFsdp(), "devices": 1, "gradient_clip_val": 1.0},
+            "FSDP does not: say gradient_clip_algo",
+        ),
         ({"strategy": "dpp"}, "Lightning refuses the trainer options: .*dpp"),
         ({"strategy": "ddp_spawn", "devices": 2, "num_nodes": 2}, "is for one machine"),
         ({"speed": 3}, "Lightning refuses the trainer options: .*speed"),
@@ -223,6 +241,33 @@ def test_what_the_learner_decides_itself_is_refused(settings, said):
 def test_trainers_that_cannot_be_are_refused_before_training(options, said):
     with pytest.raises(ConfigurationError, match=said):
         lightning(trainer=options).check(samples(5))
+
+
+def test_fsdp_cannot_have_a_module_that_optimizes_by_hand():
+    class ByHand(Classifier):
+        automatic_optimization = False
+
+    with pytest.raises(ConfigurationError, match="ByHand optimizes by hand, .* use strategy='ddp'"):
+        fit(lightning(ByHand, trainer={"strategy": CpuFsdp(), "devices": 1}))
+
+
+def test_a_trainer_must_have_a_device_for_each_rank(monkeypatch):
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    for name, value in (place | {"MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "it"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="3 processes were started, .* has 2 devices: say devices=3 in"):
+        fit(ranked("ddp"))
+    with pytest.raises(ConfigurationError, match="3 processes were started, and strategy 'single' has one"):
+        shoal.train(lightning(), samples(9), epochs=1)
+    told = lightning().on(shoal.Devices("ddp", accelerator="cpu"))
+    assert (told.trainer["devices"], told.devices.count) == (3, 3)
+    two_machines = place | {"WORLD_SIZE": "6"}
+    for name, value in two_machines.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="has 2 devices: say devices=3, num_nodes=2 in"):
+        fit(ranked("ddp"))
+    told = lightning().on(shoal.Devices("ddp", count=6, accelerator="cpu"))
+    assert (told.trainer["devices"], told.trainer["num_nodes"], told.devices.count) == (3, 2, 6)
 
 
 def test_started_ranks_do_not_start_others(monkeypatch):
@@ -251,9 +296,112 @@ def test_devices_tell_of_the_trainer_and_change_it():
     there = ours.on(shoal.Devices(accelerator="cuda", precision="fp16"))
     assert there.trainer == {"accelerator": "cuda", "precision": "16-mixed"}
     assert there.devices == shoal.Devices(accelerator="cuda", precision="fp16")
-    assert ours.describe()["trainer"] == {"accelerator": "cpu", "precision": "bf16-mixed"}
-    with pytest.raises(ConfigurationError, match="say the strategy and the devices in its trainer options"):
-        ours.on(shoal.Devices(accelerator="cuda", ids=[1]))
+    assert ours.describe()["trainer"] == {"precision": "bf16-mixed"}
+    assert ours.on(ours.devices).trainer == ours.trainer
+
+
+DDP, FSDP = {"strategy": "ddp", "devices": 2}, {"strategy": CpuFsdp(), "devices": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (DDP, ("ddp", 2)),
+        ({"devices": "2"}, ("ddp", 2)),
+        ({"strategy": "ddp_find_unused_parameters_true", "devices": 2, "num_nodes": 3}, ("ddp", 6)),
+        (FSDP, ("fsdp", 2)),
+        ({"strategy": DDPStrategy(), "devices": 2}, ("ddp", 2)),
+        ({"strategy": DDPStrategy(start_method="fork"), "devices": 2}, ("single", None)),
+        ({"strategy": "ddp_spawn", "devices": 2}, ("single", None)),
+        ({"strategy": "ddp_notebook_find_unused_parameters_true", "devices": 2}, ("single", None)),
+        ({"strategy": "ddp", "devices": 1}, ("single", None)),
+        ({"strategy": "ddp"}, ("single", None)),
+        ({"strategy": CpuFsdp(), "devices": 1}, ("single", None)),
+    ],
+)
+def test_devices_tell_the_trainers_strategy_as_it_is_seen_from_outside(options, told):
+    ours = lightning(trainer=options)
+    assert (ours.devices.strategy, ours.devices.count) == told
+    assert ours.on(ours.devices).trainer == ours.trainer
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "ddp_spawn", "devices": 4}, {"devices": [3]}, DDP])
+@pytest.mark.parametrize(
+    ("devices", "expected"),
+    [
+        (shoal.Devices("ddp", count=4, accelerator="cpu"), {"strategy": "ddp", "devices": 4, "accelerator": "cpu"}),
+        (shoal.Devices("ddp", count=2, ids=[0, 3]), {"strategy": "ddp", "devices": [0, 3], "accelerator": "auto"}),
+        (
+            shoal.Devices("ddp", count=4, accelerator="cuda", ids=[2, 3], precision="bf16"),
+            {
+                "strategy": "ddp",
+                "devices": [2, 3],
+                "accelerator": "cuda",
+                "precision": "bf16-mixed",
+                "num_nodes": 2,
+            },
+        ),
+    ],
+)
+def test_devices_are_put_into_the_trainer_options(options, devices, expected):
+    ours = lightning(trainer={"accelerator": "gpu"} | options).on(devices)
+    assert ours.trainer == expected | ({"accelerator": "gpu"} if devices.accelerator == "cuda" else {})
+    assert ours.devices == devices
+
+
+def test_one_device_by_its_index_stays_one():
+    ours = lightning(trainer={"accelerator": "auto"}).on(shoal.Devices(ids=[1]))
+    assert ours.trainer == {"accelerator": "auto", "devices": [1]}
+    assert ours.devices == shoal.Devices(ids=[1])
+    assert ours.on(shoal.Devices(accelerator="cuda", ids=[1])).trainer == {"accelerator": "cuda", "devices": [1]}
+    assert ours.on(shoal.Devices(accelerator="cpu")).trainer == {"accelerator": "cpu", "devices": 1}
+    assert lightning(trainer=DDP).on(shoal.Devices(accelerator="cpu")).trainer == {
+        "accelerator": "cpu", "strategy": "auto", "devices": 1,
+    }  # fmt: skip
+
+
+def test_a_strategy_that_is_an_object_stays():
+    ours = lightning(trainer=FSDP)
+    assert ours.on(shoal.Devices("fsdp", count=4, accelerator="cpu")).trainer == {
+        "accelerator": "cpu", "strategy": FSDP["strategy"], "devices": 4,
+    }  # fmt: skip
+    with pytest.raises(ConfigurationError, match="strategy 'ddp' was asked for, .* options hold a CpuFsdp"):
+        ours.on(shoal.Devices("ddp", count=2, accelerator="cpu"))
+    with pytest.raises(ConfigurationError, match="strategy 'dp' is not among Lightning's: use 'ddp'"):
+        lightning().on(shoal.Devices("dp"))
+
+
+def test_what_a_step_is_decides_the_numbers_and_not_its_devices():
+    described = lightning(batch_size=8, epochs=2).describe()
+    for options in (DDP, FSDP, {"strategy": "ddp_spawn", "devices": [0, 1], "num_nodes": 1}):
+        assert lightning(batch_size=4, epochs=2, trainer=options).describe() == described
+    assert lightning(batch_size=4, epochs=2).describe() != described
+    assert lightning(batch_size=8, epochs=2, trainer={"accumulate_grad_batches": 2}).describe() != described
+
+
+def test_federations_take_ranked_strategies_on_one_device_alone():
+    run = partial(shoal.federate, clients=population(), rounds=1, cohort=2)
+    result = run(lightning(trainer={"strategy": "ddp", "devices": 1}))
+    assert_equal(result.params, run(lightning()).params, atol=1e-6)
+    with pytest.raises(ConfigurationError, match="clients train on one device each, .* asks for strategy 'fsdp'"):
+        run(lightning(trainer=FSDP))
+
+
+def test_the_command_refuses_fsdp_without_cuda_in_a_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "lit.py").write_text(
+        "import shoal\nfrom lightning_modules import Classifier\nfrom support import samples\n\n\n"
+        "def training():\n    learner = shoal.LightningLearner(Classifier)\n"
+        "    return shoal.Training(name='lit', learner=learner, data=samples(9), epochs=1)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["shoal", "train", "lit.py", "--strategy", "fsdp", "--devices", "1", "--accelerator", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == REFUSED
+    said = capsys.readouterr().err
+    assert "Lightning's FSDP needs CUDA devices: use strategy 'ddp', or a TorchLearner" in said
+    assert said.count("\n") == 1
 
 
 def test_it_is_quiet_unless_asked(capfd):
