@@ -58,9 +58,20 @@ def difference(after: Params, before: Params) -> dict[str, Array]:
     return map_trees(_difference, after, before)
 
 
-def advance(tree: Params, increment: Params) -> dict[str, Array]:
-    """Returns ``tree + increment``, added in float64 and rounded once to the dtypes of ``tree``."""
-    return map_trees(lambda array, step: cast_like(widen(array) + widen(step), array), tree, increment)
+def advance(tree: Params, increment: Params, *, consume: bool = False) -> dict[str, Array]:
+    """Returns ``tree + increment``, added in float64 and rounded once to the dtypes of ``tree``.
+
+    Args:
+        tree: What to add to.
+        increment: What to add.
+        consume: Whether to take each array out of ``increment``, a dict, as soon as it is added: the sum then needs no
+            more memory than that had.
+    """
+
+    def step(name: str) -> Array:
+        return increment.pop(name) if consume and isinstance(increment, dict) else increment[name]
+
+    return {name: cast_like(widen(array) + widen(step(name)), array) for name, array in tree.items()}
 
 
 def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:

@@ -84,7 +84,7 @@ class WeightedSum:
         return [tree[name] for tree in trees for name in sorted(tree)]
 
     def mean(self) -> Aggregate:
-        """Returns the mean of what was added, at least one update."""
+        """Turns the sums, where they are, into the mean of what was added, at least one update; called once."""
         return Aggregate(
             delta=self._divided(self._delta),
             buffers=self._divided(self._buffers),
@@ -98,5 +98,7 @@ class WeightedSum:
         like = next(iter(self._delta.values()))
         return np.zeros(shape) if isinstance(like, np.ndarray) else like.new_zeros(shape)
 
-    def _divided(self, tree: Params) -> dict[str, Array]:
-        return trees.map_trees(lambda array: array / self.weight, tree)
+    def _divided(self, tree: dict[str, Array]) -> dict[str, Array]:
+        for name in tree:
+            tree[name] /= self.weight
+        return tree

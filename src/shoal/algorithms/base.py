@@ -39,7 +39,7 @@ class Algorithm(Protocol):
         ...  # pragma: no cover
 
     def step(self, state: ServerState, aggregate: Aggregate) -> ServerState:
-        """Returns the state after a round."""
+        """Returns the state after a round; it may take the aggregate's arrays over, which nobody needs afterwards."""
         ...  # pragma: no cover
 
     def describe(self) -> dict[str, Any]:

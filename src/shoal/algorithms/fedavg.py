@@ -59,7 +59,7 @@ class FedAvg:
         """Returns the state after a round: parameters by the server optimizer, buffers by their plain mean."""
         increment, slots = self.server_update(aggregate.delta, state.slots)
         model = ModelState(
-            params=trees.advance(state.model.params, increment),
+            params=trees.advance(state.model.params, increment, consume=increment is aggregate.delta),
             buffers=trees.advance(state.model.buffers, aggregate.buffers),
             constants=state.model.constants,
         )
@@ -79,7 +79,7 @@ class FedAvg:
         Returns:
             What to add to the parameters, and the trees for the next round.
         """
-        return trees.scaled(delta, self.server_lr), slots
+        return delta if self.server_lr == 1 else trees.scaled(delta, self.server_lr), slots
 
     def describe(self) -> dict[str, Any]:
         """Returns the method's name and settings, as JSON."""

@@ -80,7 +80,7 @@ class TaskSource:
             return None
         told = order["task"]
         link.do(f"task {told['number']}")
-        trees = self._arrays(link, fd, told["framework"])
+        trees = self._arrays(fd, told["framework"])
         correction = trees["correction"] if told["corrected"] else None
         return Task(
             kind=told["kind"],
@@ -97,7 +97,7 @@ class TaskSource:
             _link=link,
         )
 
-    def _arrays(self, link: Link, fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
+    def _arrays(self, fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
         """Returns the arrays of a task by role; all lie in one memory, which rank 0 was sent."""
         header, data = _read(fd) if fd is not None else (None, None)
         if self._group is not None:

@@ -14,7 +14,6 @@ from typing import Any
 from shoal.processes.messages import Message, receive, send
 from shoal.processes.table import credentials, handle, kill
 
-
 LEFT = "left"
 """What a rank does that takes no more tasks."""
 
@@ -61,7 +60,7 @@ class Connection:
 
     def does(self, what: str) -> None:
         """Takes note of what the process says that it does."""
-        if what != self.doing and self.doing != LEFT:
+        if self.doing not in (what, LEFT):
             self.doing, self.changed = what, time.monotonic()
 
     def flush(self) -> None:

@@ -128,7 +128,7 @@ class SiteState:
             if now - rank.changed < NEWS:  # how it ended is not yet known
                 return None
             return "ended before the federation did" if rank.gone else EARLY
-        if not rank.gone and now - rank.heard > deadlines.silence:
+        if now - rank.heard > deadlines.silence:
             return self._silent(number, rank, deadlines, now)
         self._looks.pop(number, None)
         return None
