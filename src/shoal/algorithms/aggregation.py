@@ -41,6 +41,7 @@ class WeightedSum:
         """The sums of the extra trees, by their names."""
         self.clients = 0
         self.weight = 0.0
+        self._mean: Aggregate | None = None
 
     def add(self, update: Update, weight: float) -> None:
         """Adds one update.
@@ -84,14 +85,16 @@ class WeightedSum:
         return [tree[name] for tree in trees for name in sorted(tree)]
 
     def mean(self) -> Aggregate:
-        """Turns the sums, where they are, into the mean of what was added, at least one update; called once."""
-        return Aggregate(
-            delta=self._divided(self._delta),
-            buffers=self._divided(self._buffers),
-            extras={name: self._divided(tree) for name, tree in self.extras.items()},
-            clients=self.clients,
-            weight=self.weight,
-        )
+        """Turns the sums, where they are, into the mean of what was added, at least one update; no more can be added."""
+        if self._mean is None:
+            self._mean = Aggregate(
+                delta=self._divided(self._delta),
+                buffers=self._divided(self._buffers),
+                extras={name: self._divided(tree) for name, tree in self.extras.items()},
+                clients=self.clients,
+                weight=self.weight,
+            )
+        return self._mean
 
     def _zeros(self, shape: Sequence[int]) -> Array:
         """Returns float64 zeros of the same kind and on the same device as the sums."""
