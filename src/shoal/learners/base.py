@@ -75,6 +75,41 @@ class Learner(Protocol):
         ...  # pragma: no cover
 
 
+class ClientTrainer(Protocol):
+    """Trains and evaluates for one client, as a learner does, perhaps together with other ranks.
+
+    All ranks call the same in one order with equal arguments, and all get the whole result.
+    """
+
+    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
+        """Trains the broadcast's model on ``data`` and returns what changed.
+
+        Args:
+            broadcast: The model to start from and the local objective.
+            data: All of the client's examples.
+            rng: The only source of randomness; of the same state on every rank.
+        """
+        ...  # pragma: no cover
+
+    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
+        """Returns means over ``data``, such as ``{"loss": 0.3, "accuracy": 0.9}``."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class RankedLearner(Learner, Protocol):
+    """A learner that trains a client on all of its devices, which a launcher has started ranks for."""
+
+    def together(self) -> AbstractContextManager[ClientTrainer]:
+        """Opens the ranks, for as many calls as there will be: nothing of them is made anew from one to the next.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or not for this learner.
+            WorkerError: The other ranks did not come.
+        """
+        ...  # pragma: no cover
+
+
 class BlockTrainer(Protocol):
     """Trains several clients as one program."""
 
