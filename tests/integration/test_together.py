@@ -41,14 +41,12 @@ def told(folder, rank):
 @pytest.fixture(scope="module")
 def results(nursery, tmp_path_factory):
     """What came of all fits on each rank, by the number of ranks."""
-    found = {}
     asked = [(kind, strategy) for kind in [*ALL, "lbfgs"] for strategy in STRATEGIES]
-    for world in WORLDS:
-        folder = tmp_path_factory.mktemp(f"ranks-{world}")
-        launch = launched(nursery, folder, asked, world)
+    folders = {world: tmp_path_factory.mktemp(f"ranks-{world}") for world in WORLDS}
+    launches = {world: launched(nursery, folders[world], asked, world) for world in WORLDS}
+    for world, launch in launches.items():
         assert launch.codes(120) == [0] * world, launch.told
-        found[world] = [told(folder, rank) for rank in range(world)]
-    return found
+    return {world: [told(folders[world], rank) for rank in range(world)] for world in WORLDS}
 
 
 def assert_close(ours, theirs, *, atol=1e-6):
@@ -89,7 +87,7 @@ class TestTogether:
     def test_leave_nothing_of_one_fit_for_the_next(self, results, world, strategy, kind):
         found = results[world][0][f"{kind}, {strategy}"]
         first, second, *_, last = found["fits"]
-        assert last == first
+        assert_close(last, first)  # ddp sends its gradients in another order from its second step on
         assert found["again"] == second  # after refusals and evaluations
 
     @pytest.mark.parametrize("kind", ALL)
