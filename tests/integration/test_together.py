@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import signal
 import time
 
@@ -12,6 +14,7 @@ import torch
 
 import rank_fits
 from launches import Launch
+from process_table import children
 from rank_fits import FITS, GLOBAL_BATCH, evaluated, fitted, made
 from shoal.errors import ConfigurationError
 from shoal.learners.base import RankedLearner
@@ -163,6 +166,15 @@ def test_one_rank_is_one_device(strategy, kind):
         assert_close(left, right)
     assert fitted(ranked, ranked, FITS[1]) == theirs[1]
     assert not torch.distributed.is_initialized()
+
+
+def test_batches_may_be_read_ahead():
+    one, before = made("plain"), children(os.getpid())
+    with dataclasses.replace(made("plain", "ddp"), workers=1).together() as trainer:
+        for fit in FITS[:2]:
+            assert_close(fitted(trainer, one, fit), fitted(one, one, fit))
+        assert evaluated(trainer, one, FITS[0]) == evaluated(one, one, FITS[0])
+    assert children(os.getpid()) == before
 
 
 def test_one_device_needs_no_ranks(monkeypatch):

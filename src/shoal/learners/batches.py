@@ -8,6 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from shoal.errors import DataError
+
 
 @lru_cache(maxsize=4096)  # clients are many, and their sizes few
 def batch_sizes(count: int, *, batch_size: int | None, epochs: int, steps: int | None) -> tuple[int, ...]:
@@ -102,6 +104,16 @@ def part_of_rank(
             picked.append(order[start : start + piece.computed])
         begin += size
     return steps, np.concatenate(picked)
+
+
+def check_divisible(examples: int, devices: int) -> None:
+    """Makes sure that each device has an example.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if examples < devices:
+        raise DataError(f"{examples} examples cannot be divided among {devices} devices: use fewer")
 
 
 def _part(count: int, parts: int, index: int) -> tuple[int, int]:

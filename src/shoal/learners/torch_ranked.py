@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shoal.data import Dataset
-from shoal.errors import DataError
-from shoal.learners.batches import draw_seed
+from shoal.learners.batches import check_divisible, draw_seed
 from shoal.learners.torch_client import train_client
 from shoal.learners.torch_devices import computing, process_devices
 from shoal.learners.torch_evaluation import RankedEvaluation
@@ -57,9 +56,7 @@ class RankedTrainer:
             WorkerError: A rank is gone.
         """
         learner, ranks, model = self._learner, self._ranks, self._model
-        devices = ranks.count * len(self._devices)
-        if len(data) < devices:
-            raise DataError(f"{len(data)} examples cannot be divided among {devices} devices: use fewer")
+        check_divisible(len(data), ranks.count * len(self._devices))
         model.load(broadcast.model)
         model.module.train()
         quietly = seeded(learner.device, 0, *self._devices[1:])

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from shoal.data import Dataset
-from shoal.errors import DataError
 from shoal.learners.base import Batching, never
-from shoal.learners.batches import Piece, draw_order, draw_seed, part_of_rank
+from shoal.learners.batches import Piece, check_divisible, draw_order, draw_seed, part_of_rank
 from shoal.learners.torch_devices import computing, process_devices
 from shoal.learners.torch_evaluation import RankedEvaluation
 from shoal.learners.torch_loading import training_batches
@@ -76,8 +75,7 @@ class TorchTraining:
             devices=ranks.count * self._per_process,
             accumulate=learner.accumulate,
         )
-        if len(data) < self.batching.devices:
-            raise DataError(f"{len(data)} examples cannot be divided among {self.batching.devices} devices: use fewer")
+        check_divisible(len(data), self.batching.devices)
         self.steps_per_epoch = -(-len(data) // self.batching.effective)
         self.steps = self.steps_per_epoch * epochs
         self.step = 0
