@@ -15,8 +15,30 @@ from shoal.devices import Devices
 from shoal.types import Broadcast, ModelState, Params, StackedUpdate, Update
 
 
+class ClientTrainer(Protocol):
+    """Trains and evaluates for one client at a time.
+
+    Where several ranks do so together, all of them call the same in one order with equal arguments, and each gets the
+    whole result.
+    """
+
+    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
+        """Trains the broadcast's model on ``data`` and returns what changed.
+
+        Args:
+            broadcast: The model to start from and the local objective.
+            data: The client's examples.
+            rng: The only source of randomness: the order of the batches, and the seed of dropout and the like.
+        """
+        ...  # pragma: no cover
+
+    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
+        """Returns means over ``data``, such as ``{"loss": 0.3, "accuracy": 0.9}``."""
+        ...  # pragma: no cover
+
+
 @runtime_checkable
-class Learner(Protocol):
+class Learner(ClientTrainer, Protocol):
     """Trains and evaluates a model on one client's data.
 
     A learner holds no algorithm: what a method wants of it arrives in the broadcast. It holds no client either:
@@ -40,20 +62,6 @@ class Learner(Protocol):
         """Returns the model before training, on the learner's devices; equal seeds give equal models."""
         ...  # pragma: no cover
 
-    def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
-        """Trains the broadcast's model on ``data`` and returns what changed.
-
-        Args:
-            broadcast: The model to start from and the local objective.
-            data: The client's examples.
-            rng: The only source of randomness: the order of the batches, and the seed of dropout and the like.
-        """
-        ...  # pragma: no cover
-
-    def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
-        """Returns means over ``data``, such as ``{"loss": 0.3, "accuracy": 0.9}``."""
-        ...  # pragma: no cover
-
     def check(self, data: Dataset) -> None:
         """Tries one small batch and the labels' range, so that a misfit shows before anything is written.
 
@@ -72,6 +80,20 @@ class Learner(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the learner's numbers, as JSON."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class RankedLearner(Learner, Protocol):
+    """A learner that trains a client on all of its devices, which a launcher has started ranks for."""
+
+    def together(self) -> AbstractContextManager[ClientTrainer]:
+        """Opens the ranks, for as many calls as there will be: nothing of them is made anew from one to the next.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or not for this learner.
+            WorkerError: The other ranks did not come.
+        """
         ...  # pragma: no cover
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from shoal.errors import DataError
 
 
 @lru_cache(maxsize=4096)  # clients are many, and their sizes few
@@ -54,6 +57,11 @@ class Piece:
     share: float
     """Its share in the step's gradient: its examples by those of the whole step."""
 
+    @property
+    def computed(self) -> int:
+        """How many examples the rank computes: where it has nothing to do one, of which nothing counts."""
+        return max(self.count, 1)
+
 
 @lru_cache(maxsize=256)  # the steps of an epoch have two sizes at most
 def pieces(examples: int, *, batch_size: int, ranks: int, rank: int) -> tuple[Piece, ...]:
@@ -72,6 +80,40 @@ def pieces(examples: int, *, batch_size: int, ranks: int, rank: int) -> tuple[Pi
     number = max(-(-_part(examples, ranks, 0)[1] // batch_size), 1)
     parts = (_part(length, number, index) for index in range(number))
     return tuple(Piece(start=start + first, count=count, share=count / examples) for first, count in parts)
+
+
+def part_of_rank(
+    order: np.ndarray, sizes: Sequence[int], *, batch_size: int | None, ranks: int, rank: int
+) -> tuple[list[tuple[Piece, ...]], np.ndarray]:
+    """Returns what one rank computes of several steps: each step's pieces, and the indices of their examples in turn.
+
+    Args:
+        order: The indices of the examples in the order in which they are seen, step by step.
+        sizes: How many each step has.
+        batch_size: The most that a piece may have; None for no limit.
+        ranks: How many ranks there are.
+        rank: Which one to answer for.
+    """
+    steps = [pieces(size, batch_size=batch_size or size, ranks=ranks, rank=rank) for size in sizes]
+    if ranks == 1:
+        return steps, order
+    picked, begin = [], 0
+    for size, step in zip(sizes, steps, strict=True):
+        for piece in step:
+            start = begin + (piece.start if piece.count else 0)
+            picked.append(order[start : start + piece.computed])
+        begin += size
+    return steps, np.concatenate(picked)
+
+
+def check_divisible(examples: int, devices: int) -> None:
+    """Makes sure that each device has an example.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if examples < devices:
+        raise DataError(f"{examples} examples cannot be divided among {devices} devices: use fewer")
 
 
 def _part(count: int, parts: int, index: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import gc
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from shoal.data import Dataset, Subset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices, Launched
 from shoal.errors import ConfigurationError, DataError, MissingExtraError
+from shoal.learners.base import ClientTrainer
 from shoal.learners.batches import batch_sizes, draw_order, draw_seed
 from shoal.learners.torch_devices import computing, may_use_cuda, preload
 from shoal.learners.torch_model import ResidentModel, seeded
@@ -238,6 +239,10 @@ class LightningLearner:
             run = self._evaluation(trainer, module)
             run(module, dataloaders=loader(data, batches, self.loaders), verbose=False)
             return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def together(self) -> AbstractContextManager[ClientTrainer]:
+        """Returns the learner itself: in each call its Trainer joins the ranks that a launcher has started."""
+        return nullcontext(self)
 
     def check(self, data: Dataset) -> None:
         """Trains a copy on two examples, those with the least and the largest label if labels are known, on the CPU.

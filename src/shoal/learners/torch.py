@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -17,25 +17,24 @@ from shoal.data import Dataset
 from shoal.description import dataclass_fields
 from shoal.devices import Devices
 from shoal.errors import CannotStackError, ConfigurationError, DataError
-from shoal.learners.batches import batch_sizes, draw_order, draw_seed, pieces
+from shoal.learners.base import ClientTrainer
+from shoal.learners.batches import batch_sizes, draw_seed
 from shoal.learners.schedules import Schedule
+from shoal.learners.torch_client import train_client
 from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
-from shoal.learners.torch_model import ModuleSource, ObjectiveGradient, ResidentModel, seeded
+from shoal.learners.torch_model import ModuleSource, ResidentModel, seeded
+from shoal.learners.torch_ranked import RankedTrainer
 from shoal.learners.torch_ranks import joined
 from shoal.learners.torch_samples import ResidentSamples
 from shoal.learners.torch_stackable import find_stacking
 from shoal.learners.torch_stacked import StackedTrainer
-from shoal.learners.torch_step import Batch, Stepper
+from shoal.learners.torch_step import Batch
 from shoal.learners.torch_tally import Tally
 from shoal.learners.torch_training import TorchTraining
 from shoal.types import Broadcast, ModelState, Params, Update
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 """``metric(output, target)`` returns the mean over a batch as a scalar tensor."""
-
-LOSS_SCALE = 2.0**12
-"""What fp16 multiplies the loss with at first: less than torch's own, because a client has few steps to come down from
-a scale that is too large, each of which is lost."""
 
 IGNORED_LABEL = -100
 """The target that torch's cross entropy leaves out."""
@@ -106,8 +105,8 @@ class TorchLearner:
     """Whether images and the weights of convolutions lie in memory channel by channel for each pixel, which GPUs with
     16 bits are faster with."""
     workers: int = 0
-    """Processes that read batches ahead in :func:`~shoal.train`, for data that are read from files as they are needed;
-    0: this process reads them."""
+    """Processes that read batches ahead in :func:`~shoal.train` and on the ranks of a site, for data that are read from
+    files as they are needed; 0: this process reads them."""
     compile: bool = False
     """Whether the model's forward pass goes through ``torch.compile``, as one graph: for large models that one client
     trains for long, because each process takes from seconds to minutes to compile. Dropout draws other noise than
@@ -167,7 +166,7 @@ class TorchLearner:
         resident.load(broadcast.model)
         resident.module.train()
         with seeded(self.device, draw_seed(rng)), computing(self.device, self.devices.threads):
-            means = self._train(resident, broadcast, data, rng)
+            means = train_client(self, resident, broadcast, data, rng).means()
         delta, buffers = resident.delta(broadcast.model)
         return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
 
@@ -267,10 +266,26 @@ class TorchLearner:
         """
         with joined(self.devices) as ranks:
             training = TorchTraining(self, data, epochs=epochs, seed=seed, ranks=ranks, scale_lr=scale_lr)
-            try:
+            with closing(training):
                 yield training
-            finally:
-                training.close()
+
+    @contextmanager
+    def together(self) -> Iterator[ClientTrainer]:
+        """Opens the ranks that were started for the learner's devices, to train and evaluate for one client.
+
+        They meet once, and spread one model over their devices, which all calls pass through; the learner's own stays
+        as it is. With ``single`` it is the learner that is given.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or not for this learner.
+            WorkerError: The other ranks did not come.
+        """
+        with joined(self.devices) as ranks:
+            if self.devices.strategy == "single":
+                yield self
+                return
+            with closing(RankedTrainer(self.on(self.devices), ranks)) as trainer:
+                yield trainer
 
     def on(self, devices: Devices) -> Self:
         """Returns the same learner on other devices."""
@@ -302,26 +317,6 @@ class TorchLearner:
         """Returns the context of a forward pass and its loss, in the precision of the devices."""
         return autocast(self.device, self.devices.precision)
 
-    def _train(
-        self, resident: ResidentModel, broadcast: Broadcast, data: Dataset, rng: np.random.Generator
-    ) -> dict[str, float]:
-        optimizer = self.optimizer(list(resident.params.values()))
-        objective = ObjectiveGradient(broadcast, resident, resident.params)
-        stepper = Stepper(self, resident, optimizer, objective, _scaler(self))
-        tally = Tally()
-        sizes = self.batch_sizes(len(data))
-        parts = [pieces(size, batch_size=self.batch_size or size, ranks=1, rank=0) for size in sizes]
-        order = draw_order(len(data), sum(sizes), rng)
-        batches = self.samples.batches(data, order, [piece.count for step in parts for piece in step])
-        per_epoch = self.steps_per_epoch(len(data))
-        for number, step in enumerate(parts):
-            if self.schedule:
-                stepper.set_rates(self.schedule(number, len(parts), per_epoch))
-            means = stepper.take([self.step_batch(next(batches), piece.share) for piece in step])
-            for piece, mean in zip(step, means, strict=True):
-                tally.add(mean, piece.count)
-        return tally.means()
-
     def step_batch(self, batch: tuple[Tensor, Tensor], factor: float) -> Batch:
         """Returns samples as a step takes them.
 
@@ -337,9 +332,9 @@ class TorchLearner:
         inputs, targets = next(self.samples.batches(data, indices, [len(indices)]))
         return self.transformed(inputs), targets
 
-    def batch_sizes(self, examples: int) -> tuple[int, ...]:
-        """Returns how many examples each step of one call to :meth:`fit` has, for a client with so many."""
-        size = None if self.batch_size is None else self.batch_size * self.accumulate
+    def batch_sizes(self, examples: int, devices: int = 1) -> tuple[int, ...]:
+        """Returns how many examples each step of one call to ``fit`` has, for a client with so many, on all devices."""
+        size = None if self.batch_size is None else self.batch_size * self.accumulate * devices
         return batch_sizes(examples, batch_size=size, epochs=self.epochs, steps=self.steps)
 
     def steps_per_epoch(self, examples: int, devices: int = 1) -> int:
@@ -365,13 +360,6 @@ class TorchLearner:
         if metrics is None:
             metrics = {"accuracy": accuracy} if _are_class_indices(output, targets) else {}
         return {name: metric(output, targets) for name, metric in metrics.items()}
-
-
-def _scaler(learner: TorchLearner) -> torch.amp.GradScaler | None:
-    """Returns what scales the loss of fp16; None in other precisions."""
-    if learner.devices.precision != "fp16":
-        return None
-    return torch.amp.GradScaler(learner.device.type, init_scale=LOSS_SCALE)
 
 
 def _are_class_indices(output: Any, targets: Tensor) -> bool:

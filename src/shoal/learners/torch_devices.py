@@ -58,6 +58,18 @@ def cuda_ids(devices: Devices, present: int) -> Sequence[int]:
     return range(place.local_count if place else 1)
 
 
+def process_devices(devices: Devices) -> list[torch.device]:
+    """Returns the devices of this process, the first that of its model; several with ``dp`` alone.
+
+    Raises:
+        ConfigurationError: They are not there.
+    """
+    first = resolve(devices)
+    if devices.strategy != "dp":
+        return [first]
+    return [torch.device("cuda", index) for index in cuda_ids(devices, torch.cuda.device_count())]
+
+
 def local_rank(devices: Devices, used: Sequence[int]) -> int:
     """Returns which of a machine's devices is this process's.
 

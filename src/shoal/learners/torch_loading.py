@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def training_batches(
     *,
     workers: int,
     device: torch.device,
-) -> Iterator[Pair]:
+) -> Generator[Pair]:
     """Yields batches on the device.
 
     Args:
@@ -85,7 +85,7 @@ class _Batches(TorchDataset[Pair]):
         return torch.as_tensor(inputs), torch.as_tensor(targets)
 
 
-def ahead(batches: Iterable[Pair], device: torch.device) -> Iterator[Pair]:
+def ahead(batches: Iterable[Pair], device: torch.device) -> Generator[Pair]:
     """Yields batches on the device, each copied there while the one before it is worked on."""
     if device.type != "cuda":
         yield from batches

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,20 @@ class ResidentModel:
         # Buffers outside the state dict still may change in training; no client may find another's.
         self._transient = [(b, b.clone()) for name, b in buffers.items() if name not in persistent]
         self._loaded: tuple[Params, list[int]] | None = None
+        self._write: Callable[[Tensor, Tensor], object] = Tensor.copy_
         by_identity = {id(tensor): name for name, tensor in kept.items()}
         self._canonical = {name: by_identity[id(t)] for name, t in persistent.items() if id(t) in by_identity}
+
+    def rebind(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        """Takes up what a strategy has put in the place of the module's arrays, under the same names.
+
+        Args:
+            write: Copies a whole array into what is there of it.
+        """
+        current = dict(self.module.named_parameters())
+        self.params = {name: current[name] for name in self.params}
+        self.constants = {name: current.get(name, array) for name, array in self.constants.items()}
+        self._write = write
 
     @property
     def tied(self) -> bool:
@@ -86,7 +98,7 @@ class ResidentModel:
         """Copies a model's arrays into the module."""
         for own, given in ((self.params, model.params), (self.buffers, model.buffers)):
             for name, tensor in own.items():
-                tensor.copy_(torch.as_tensor(given[name]))
+                self._write(tensor, torch.as_tensor(given[name]))
         self._load_constants(model.constants)
         for tensor, first in self._transient:
             tensor.copy_(first)
@@ -97,7 +109,7 @@ class ResidentModel:
         versions = self._loaded[1] if self._loaded is not None else []
         for index, (name, tensor) in enumerate(self.constants.items()):
             if not same or _writes(tensor) != versions[index]:
-                tensor.copy_(torch.as_tensor(constants[name]))
+                self._write(tensor, torch.as_tensor(constants[name]))
         self._loaded = constants, [_writes(tensor) for tensor in self.constants.values()]
 
     def drop_gradients(self) -> None:
@@ -127,21 +139,29 @@ class ResidentModel:
         return trees.difference(own, self.on_device({name: before[name] for name in own}))
 
 
+class Placing(Protocol):
+    """A model as the local objective needs it."""
+
+    def on_device(self, tree: Params) -> dict[str, Tensor]:
+        """Returns arrays of the parameters' names where the parameters are."""
+        ...  # pragma: no cover
+
+
 class ObjectiveGradient:
     """The gradient of the local objective's terms beside the task loss: ``correction + proximal · (w − w_global)``.
 
     Args:
         broadcast: Has the terms and the parameters w_global.
-        resident: Says where they are to be.
+        model: Brings them to where they are to be.
         params: The parameters w of one client; or of several, stacked on a first axis.
     """
 
-    def __init__(self, broadcast: Broadcast, resident: ResidentModel, params: Mapping[str, Tensor]) -> None:
+    def __init__(self, broadcast: Broadcast, model: Placing, params: Mapping[str, Tensor]) -> None:
         objective = broadcast.objective
         self._params = params
         self._proximal = objective.proximal
-        self._anchor = resident.on_device(broadcast.model.params) if objective.proximal else {}
-        self._correction = resident.on_device(objective.correction or {})
+        self._anchor = model.on_device(broadcast.model.params) if objective.proximal else {}
+        self._correction = model.on_device(objective.correction or {})
 
     @property
     def active(self) -> bool:

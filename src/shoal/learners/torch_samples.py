@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class ResidentSamples:
         self._kept = [*others, (base, arrays)]
         return arrays
 
-    def batches(self, data: Dataset, order: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, data: Dataset, order: np.ndarray, sizes: Sequence[int]) -> Generator[tuple[Tensor, Tensor]]:
         """Yields batches of inputs and targets.
 
         Args:

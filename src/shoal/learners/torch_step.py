@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from shoal.errors import ConfigurationError
+from shoal.learners.batches import Piece
 from shoal.learners.torch_model import ObjectiveGradient
+from shoal.learners.torch_tally import Tally
 
 if TYPE_CHECKING:
     from shoal.learners.torch import TorchLearner
@@ -28,7 +30,7 @@ class Steppable(Protocol):
         ...  # pragma: no cover
 
     @property
-    def params(self) -> Mapping[str, Tensor]:
+    def params(self) -> Mapping[str, nn.Parameter]:
         """What is trained."""
         ...  # pragma: no cover
 
@@ -86,10 +88,36 @@ class Stepper:
         self._batches: Sequence[Batch] = ()
         self._means: list[dict[str, Tensor]] = []
 
-    def set_rates(self, factor: float) -> None:
-        """Sets the optimizer's learning rates to the user's, times a schedule's factor."""
+    def set_rates(self, step: int, steps: int, steps_per_epoch: int) -> None:
+        """Sets the optimizer's learning rates to the user's, times the factor of the learner's schedule if it has one.
+
+        Args:
+            step: The step that comes, counted from 0.
+            steps: How many there are in all.
+            steps_per_epoch: How many a pass over the data has.
+        """
+        if self._learner.schedule is None:
+            return
+        factor = self._learner.schedule(step, steps, steps_per_epoch)
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
+
+    def take_pieces(
+        self, pieces: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally, *, ranks: int
+    ) -> None:
+        """Makes one step of this rank's pieces of it.
+
+        Args:
+            pieces: What this rank computes.
+            batches: Their inputs and targets.
+            tally: Takes the loss and the metrics of each, from before the step.
+            ranks: How many ranks make the step together.
+        """
+        # The strategies take the mean over the ranks.
+        parts = zip(batches, pieces, strict=True)
+        taken = [self._learner.step_batch(batch, piece.share * ranks) for batch, piece in parts]
+        for piece, means in zip(pieces, self.take(taken), strict=True):
+            tally.add(means, piece.count)
 
     def take(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """Makes one step; returns the loss and the metrics of each batch, from before it."""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from shoal import trees
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError
 from shoal.learners.torch_devices import cuda_ids
 from shoal.learners.torch_model import ResidentModel
 from shoal.learners.torch_ranks import Ranks
+from shoal.learners.torch_step import needs_closure
+from shoal.types import Array, ModelState, Params
+
+if TYPE_CHECKING:
+    from shoal.learners.torch import TorchLearner
 
 UNIT = 0.25
 """A part of a model with more than this share of its parameters is divided further before FSDP gathers it whole."""
@@ -32,6 +38,8 @@ class SpreadModel:
     """
 
     def __init__(self, resident: ResidentModel, devices: Devices, ranks: Ranks) -> None:
+        self._resident = resident
+        self._ranks = ranks
         self.module = resident.module
         self.call: Callable[[Any], Any] = resident.call
         """Runs the module on a batch, for training."""
@@ -48,8 +56,7 @@ class SpreadModel:
             self._copy(_Calling(resident) if resident.call is not resident.module else resident.module, ranks)
         elif devices.strategy == "fsdp":
             self._divide(resident, ranks)
-        current = dict(self.module.named_parameters())
-        self.params: dict[str, nn.Parameter] = {name: current[name] for name in resident.params}
+        self.params = resident.params
         """The parameters to train; with ``fsdp``, this rank's parts of them."""
 
     def evaluate(self, inputs: Any) -> Any:
@@ -64,6 +71,63 @@ class SpreadModel:
         """Forgets the gradients."""
         for tensor in self.params.values():
             tensor.grad = None
+
+    def on_device(self, tree: Params) -> dict[str, Tensor]:
+        """Returns whole arrays of the parameters' names as the parameters are: on the device; with ``fsdp``, parts."""
+        own = self.params
+        return {
+            name: part_of(torch.as_tensor(array, device=own[name].device), own[name]) for name, array in tree.items()
+        }
+
+    def load(self, model: ModelState) -> None:
+        """Copies a model's whole arrays, which every rank has, into the module."""
+        self.drop_gathered()
+        self._resident.load(model)
+
+    def align_buffers(self) -> None:
+        """Gives every rank the buffers of rank 0; running statistics are those of a rank's own part of each batch.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        if self._ranks.count > 1:
+            for buffer in self.module.buffers():
+                self._ranks.align(buffer)
+
+    def state(self, *, keep: bool = True) -> ModelState:
+        """Returns copies of the whole module's arrays, on the CPU; every rank must ask.
+
+        Args:
+            keep: Whether they are wanted here, and not only on another rank; else there are none.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        self.align_buffers()
+
+        def gathered(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = ((name, whole(array.detach())) for name, array in arrays.items())
+            return {name: array.cpu().clone() for name, array in found if keep}
+
+        own = self._resident
+        return ModelState(params=gathered(own.params), buffers=gathered(own.buffers), constants=gathered(own.constants))
+
+    def delta(self, before: ModelState) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Returns what training changed in the parameters and the buffers, whole, in float64, on the CPU.
+
+        Every rank must ask, and all get the same.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        self.align_buffers()
+
+        def changed(own: Mapping[str, Tensor], tree: Params) -> dict[str, Array]:
+            after = {name: whole(array.detach()).cpu() for name, array in own.items()}
+            return trees.difference(after, {name: torch.as_tensor(tree[name], device="cpu") for name in own})
+
+        own = self._resident
+        return changed(own.params, before.params), changed(own.buffers, before.buffers)
 
     def _copy(self, module: nn.Module, ranks: Ranks) -> None:
         on = [ranks.device.index] if ranks.device.type == "cuda" else None
@@ -91,6 +155,7 @@ class SpreadModel:
             for unit in [] if resident.tied else _units(self.module):
                 fully_shard(unit, mesh=mesh)
             fully_shard(self.module, mesh=mesh)
+        resident.rebind(fill)
         divided = cast("FSDPModule", self.module)
         self.call = self._evaluating = self.module
 
@@ -122,6 +187,24 @@ class _Calling(nn.Module):
     def forward(self, inputs: Any) -> Any:
         """Returns what the module gives."""
         return self._call(inputs)
+
+
+def spread(learner: TorchLearner, ranks: Ranks) -> SpreadModel:
+    """Returns a learner's module, spread over its devices; it changes the learner's own for good.
+
+    Raises:
+        ConfigurationError: The strategy cannot have the module, or its ranks not the optimizer.
+    """
+    resident, devices = learner.resident, learner.devices
+    check_strategy(devices, learner.device, resident.module, resident.params, compiles=learner.compile)
+    if ranks.count > 1:
+        optimizer = learner.optimizer(list(resident.params.values()))
+        if needs_closure(optimizer):
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} searches along a line by itself, which several ranks would do "
+                "each in its own way: use one device, or another optimizer"
+            )
+    return SpreadModel(resident, devices, ranks)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from shoal.learners.torch_ranks import Ranks
+
 
 class Tally:
     """Means over examples; batch by batch they stay on the device, and each is read from it once, at the end."""
@@ -34,6 +36,18 @@ class Tally:
     def means(self) -> dict[str, float]:
         """Waits for the device, and returns the means over all examples."""
         return {name: mean(values, self._examples) for name, values in self.read().items()}
+
+    def over_ranks(self, ranks: Ranks) -> tuple[dict[str, float], int]:
+        """Waits for the device, and returns the means over the examples of all ranks, and how many these are.
+
+        Raises:
+            WorkerError: A rank is gone.
+        """
+        values, examples = self.read(), self._examples
+        own = [mean(each, examples) if sum(examples) else 0.0 for each in values.values()]
+        rows = ranks.gather([*own, float(sum(examples))])
+        counts = [int(row[-1]) for row in rows]
+        return {name: mean([row[index] for row in rows], counts) for index, name in enumerate(values)}, sum(counts)
 
 
 def mean(values: Iterable[float], examples: Sequence[int]) -> float:

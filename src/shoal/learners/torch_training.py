@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +13,17 @@ import torch
 from torch import Tensor
 
 from shoal.data import Dataset
-from shoal.errors import ConfigurationError, DataError
 from shoal.learners.base import Batching, never
-from shoal.learners.batches import Piece, draw_order, draw_seed, pieces
-from shoal.learners.torch_devices import computing, cuda_ids
+from shoal.learners.batches import Piece, check_divisible, draw_order, draw_seed, part_of_rank
+from shoal.learners.torch_devices import computing, process_devices
+from shoal.learners.torch_evaluation import RankedEvaluation
 from shoal.learners.torch_loading import training_batches
 from shoal.learners.torch_model import reseed, seeded
 from shoal.learners.torch_optimizer_state import pack_optimizer, unpack_optimizer
 from shoal.learners.torch_ranks import Ranks, explained
-from shoal.learners.torch_step import Stepper, needs_closure
-from shoal.learners.torch_strategies import SpreadModel, check_strategy, fill, whole
-from shoal.learners.torch_tally import Tally, mean
+from shoal.learners.torch_step import Stepper
+from shoal.learners.torch_strategies import spread
+from shoal.learners.torch_tally import Tally
 from shoal.learners.torch_trace import recorded
 from shoal.learners.torch_usage import Usage
 from shoal.randomness import further_seed, generator
@@ -70,35 +68,28 @@ class TorchTraining:
         self._learner = learner
         self._data = data
         self._seed = seed
-        devices = learner.devices
-        self._devices = [learner.device]
-        if devices.strategy == "dp":
-            self._devices = [torch.device("cuda", index) for index in cuda_ids(devices, torch.cuda.device_count())]
+        self._devices = process_devices(learner.devices)
         self._per_process = len(self._devices)
         self.batching = Batching(
             per_device=learner.batch_size or -(-len(data) // (ranks.count * self._per_process)),
             devices=ranks.count * self._per_process,
             accumulate=learner.accumulate,
         )
-        if len(data) < self.batching.devices:
-            raise DataError(f"{len(data)} examples cannot be divided among {self.batching.devices} devices: use fewer")
+        check_divisible(len(data), self.batching.devices)
         self.steps_per_epoch = -(-len(data) // self.batching.effective)
         self.steps = self.steps_per_epoch * epochs
         self.step = 0
         """How many steps are done."""
         learner.init(seed)
-        resident = learner.resident
-        self.model_bytes = nbytes(resident.state().merged())
+        self.model_bytes = nbytes(learner.resident.state().merged())
         """The size of the whole model."""
-        check_strategy(devices, learner.device, resident.module, resident.params, compiles=learner.compile)
-        if ranks.count > 1:
-            _check_optimizer(learner.optimizer(list(resident.params.values())))
-        self._model = SpreadModel(resident, devices, ranks)
+        self._model = spread(learner, ranks)
+        self._evaluation = RankedEvaluation(learner, self._model, ranks)
         self._optimizer = learner.optimizer(list(self._model.params.values()))
         if scale_lr:
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * (self.batching.effective / self.batching.per_device)
-        scales = devices.precision == "fp16"
+        scales = learner.devices.precision == "fp16"
         self._scaler = torch.amp.GradScaler(learner.device.type) if scales else None
         self._stepper = Stepper(learner, self._model, self._optimizer, None, self._scaler)
         self._epoch: Generator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]] | None = None
@@ -124,15 +115,14 @@ class TorchTraining:
             while self.step < until:
                 if self._epoch is None:
                     self._epoch = self._open_epoch()
-                parts, batches = next(self._epoch)
-                self._take(parts, batches, tally)
+                self._take(*next(self._epoch), tally)
                 self.step += 1
                 if self.step % self.steps_per_epoch == 0:
                     self._end_epoch()
                     break
                 if stop():
                     break
-            means, examples = self._over_ranks(tally)
+            means, examples = tally.over_ranks(self._ranks)
         self._usage.look()
         return means, examples
 
@@ -142,80 +132,43 @@ class TorchTraining:
             self._epoch = None
 
     def _take(self, parts: Sequence[Piece], batches: Sequence[tuple[Tensor, Tensor]], tally: Tally) -> None:
-        learner = self._learner
         reseed(self._devices, further_seed(self._seed, "noise", round=self.step, client=self._ranks.rank))
-        if learner.schedule:
-            self._stepper.set_rates(learner.schedule(self.step, self.steps, self.steps_per_epoch))
-        # The strategies take the mean over the ranks.
-        count = self._ranks.count
-        taken = [learner.step_batch(pair, part.share * count) for pair, part in zip(batches, parts, strict=True)]
-        for part, means in zip(parts, self._stepper.take(taken), strict=True):
-            tally.add(means, part.count)
+        self._stepper.set_rates(self.step, self.steps, self.steps_per_epoch)
+        self._stepper.take_pieces(parts, batches, tally, ranks=self._ranks.count)
 
     def _open_epoch(self) -> Generator[tuple[tuple[Piece, ...], list[tuple[Tensor, Tensor]]]]:
         """Yields what is left of the epoch: each step's pieces of this rank, and their samples."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        size, ranks, total = self.batching.effective, self._ranks, len(self._data)
+        learner, ranks, size, total = self._learner, self._ranks, self.batching.effective, len(self._data)
         rng = generator(self._seed, "fit", round=epoch + 1)
         draw_seed(rng)  # as in a client's training, which an epoch is
         order = draw_order(total, total, rng)
-        starts = range(done * size, total, size)
-        steps = [
-            pieces(
-                min(size, total - start),
-                batch_size=self.batching.per_device * self._per_process,
-                ranks=ranks.count,
-                rank=ranks.rank,
-            )
-            for start in starts
-        ]
-        picked = [
-            # A rank with nothing to do computes one example, of which nothing counts.
-            order[start + piece.start : start + piece.start + piece.count] if piece.count else order[start : start + 1]
-            for start, step in zip(starts, steps, strict=True)
-            for piece in step
-        ]
-        batches = self._batches(self._data, picked)
+        steps, own = part_of_rank(
+            order[done * size :],
+            [min(size, total - start) for start in range(done * size, total, size)],
+            batch_size=self.batching.per_device * self._per_process,
+            ranks=ranks.count,
+            rank=ranks.rank,
+        )
+        batches = training_batches(
+            learner.samples,
+            self._data,
+            own,
+            [piece.computed for step in steps for piece in step],
+            workers=learner.workers,
+            device=learner.device,
+        )
         for step in steps:
             yield step, [next(batches) for _ in step]
 
-    def _batches(self, data: Dataset, picked: Sequence[np.ndarray]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields batches of samples on the device, read ahead where the learner says so."""
-        learner = self._learner
-        sizes = [len(part) for part in picked]
-        return training_batches(
-            learner.samples, data, np.concatenate(picked), sizes, workers=learner.workers, device=learner.device
-        )
-
-    def _over_ranks(self, tally: Tally) -> tuple[dict[str, float], int]:
-        """Returns the means over the examples of all ranks, and how many these are."""
-        values, examples = tally.read(), tally.examples
-        own = [mean(each, examples) if sum(examples) else 0.0 for each in values.values()]
-        rows = self._ranks.gather([*own, float(sum(examples))])
-        counts = [int(row[-1]) for row in rows]
-        return {name: mean([row[index] for row in rows], counts) for index, name in enumerate(values)}, sum(counts)
-
     def evaluate(self, data: Dataset) -> dict[str, float]:
         """Returns the loss and the metrics, as means over ``data``: the same bits on any number of ranks.
-
-        The ranks take the batches in turn; none is computed twice for the mean.
 
         Raises:
             DataError: There is no example.
             WorkerError: A rank is gone.
         """
-        tally = Tally()
-        for output, targets, count in self._evaluated(data):
-            means = {"loss": self._learner.loss(output, targets), **self._learner.measure(output, targets)}
-            tally.add(means, count)
-        values = tally.read()
-        own = [*chain.from_iterable(values.values()), *map(float, tally.examples)]
-        tables = [np.reshape(row, (len(values) + 1, -1)) for row in self._ranks.gather(own)]
-        # The batches in their own order: the second of rank 0 comes after the first of the last rank.
-        ordered: list[list[float]] = np.stack(tables).transpose(1, 2, 0).reshape(len(values) + 1, -1).tolist()
-        *columns, counts = ordered
-        examples = [int(count) for count in counts]
-        return {name: mean(column, examples) for name, column in zip(values, columns, strict=True)}
+        return self._evaluation.evaluate(data)
 
     def confusion(self, data: Dataset) -> np.ndarray | None:
         """Returns how many examples of each class were taken for which, int64 [classes, classes]; None for no classes.
@@ -223,49 +176,7 @@ class TorchTraining:
         Raises:
             WorkerError: A rank is gone.
         """
-        total: Tensor | None = None
-        for output, targets, count in self._evaluated(data):
-            if not self._learner.classifies(output, targets) or output.ndim != 2:
-                return None
-            classes = output.shape[1]
-            labels, taken = targets[:count].long(), output[:count].argmax(1)
-            known = labels >= 0  # below are those that the loss leaves out
-            found = torch.bincount((labels * classes + taken)[known], minlength=classes * classes)
-            total = found if total is None else total + found
-        if total is None:
-            return None
-        table: np.ndarray = np.sum(self._ranks.gather(total.double().tolist()), axis=0).astype(np.int64)
-        side = math.isqrt(len(table))
-        return table.reshape(side, side)
-
-    def _evaluated(self, data: Dataset) -> Iterator[tuple[Any, Tensor, int]]:
-        """Yields this rank's outputs and targets, as many batches as any rank has; of one too many 0 examples count."""
-        if len(data) == 0:
-            raise DataError("there is no example to evaluate on")
-        self._align_buffers()
-        learner, ranks = self._learner, self._ranks
-        size = learner.eval_batch_size
-        cuts = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-        own = range(ranks.rank, -(-len(cuts) // ranks.count) * ranks.count, ranks.count)
-        picked = [cuts[number] if number < len(cuts) else cuts[0] for number in own]
-        batches = self._batches(data, picked)
-        self._model.module.eval()
-        with (
-            seeded(learner.device, 0),
-            torch.no_grad(),
-            computing(learner.device, learner.devices.threads),
-            learner.autocast(),
-            explained(),
-        ):
-            for number, (inputs, targets) in zip(own, batches, strict=True):
-                output = self._model.evaluate(learner.transformed(inputs))
-                yield output, targets, len(targets) if number < len(cuts) else 0
-
-    def _align_buffers(self) -> None:
-        """Gives every rank the buffers of rank 0; running statistics are those of a rank's own part of each batch."""
-        if self.ranks > 1:
-            for buffer in self._model.module.buffers():
-                self._ranks.align(buffer)
+        return self._evaluation.confusion(data)
 
     def rates(self) -> list[float]:
         """Returns the learning rates of the optimizer's groups, as of the last step."""
@@ -297,20 +208,7 @@ class TorchTraining:
 
     def model(self) -> ModelState:
         """Returns copies of the whole model's arrays, on the CPU; every rank must ask."""
-        return self._gathered(keep=True)
-
-    def _gathered(self, *, keep: bool) -> ModelState:
-        """Returns the whole model, or nothing where only the other ranks want it."""
-        self._align_buffers()
-
-        def gathered(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = ((name, whole(array.detach())) for name, array in arrays.items())
-            return {name: array.cpu().clone() for name, array in found if keep}
-
-        buffers = self._learner.resident.buffers
-        return ModelState(
-            params=gathered(self._model.params), buffers=gathered(buffers), constants=gathered(self._constants())
-        )
+        return self._model.state()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Returns all that a crash must not lose, as tensors on the CPU and JSON; every rank must ask.
@@ -322,7 +220,7 @@ class TorchTraining:
         """
         kept, optimizer = pack_optimizer(self._optimizer, self._model.params, keep=self._ranks.leads)
         scaler = None if self._scaler is None else self._scaler.state_dict()
-        model = self._gathered(keep=self._ranks.leads)
+        model = self._model.state(keep=self._ranks.leads)
         return _flat(model) | kept, {"step": self.step, "optimizer": optimizer, "scaler": scaler}
 
     def put(self, model: ModelState | None) -> None:
@@ -332,16 +230,8 @@ class TorchTraining:
 
     def _fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies whole arrays, by names such as ``params/…``, into the model."""
-        self._model.drop_gathered()
         trees = unflatten(tensors)
-        own: dict[str, Mapping[str, Tensor]] = {
-            "params": self._model.params,
-            "buffers": self._learner.resident.buffers,
-            "constants": self._constants(),
-        }
-        for part, arrays in own.items():
-            for name, array in arrays.items():
-                fill(array, trees[part][name])
+        self._model.load(ModelState(**{part: trees.get(part, {}) for part in ("params", "buffers", "constants")}))
 
     def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:
         """Goes on from a state, which may have been written by another number of ranks.
@@ -371,22 +261,9 @@ class TorchTraining:
         """Ends what reads ahead, and lets go of the spread model, which must not outlive the ranks' group."""
         self._end_epoch()
         self._model.close()
-        del self._model, self._stepper
+        del self._model, self._evaluation, self._stepper
         if self.ranks > 1:
             gc.collect()  # torch's wrappers refer to themselves
-
-    def _constants(self) -> Mapping[str, Tensor]:
-        """Returns the model's other arrays, which a strategy may have replaced."""
-        current = dict(self._model.module.named_parameters()) | dict(self._model.module.named_buffers())
-        return {name: current[name] for name in self._learner.resident.constants}
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    if needs_closure(optimizer):
-        raise ConfigurationError(
-            f"{type(optimizer).__name__} searches along a line by itself, which several ranks would do "
-            "each in its own way: use one device, or another optimizer"
-        )
 
 
 def _flat(model: ModelState) -> dict[str, Tensor]:

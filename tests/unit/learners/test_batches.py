@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.learners.batches import pieces
+from shoal.learners.batches import part_of_rank, pieces
 from support import batch_indices
 
 COUNTS = st.integers(1, 40)
@@ -55,6 +55,30 @@ def test_the_ranks_divide_a_batch_among_them_in_order(examples, batch_size, rank
     for own in of_ranks:
         counts = [piece.count for piece in own]
         assert max(counts) - min(counts) <= 1
+
+
+@given(
+    sizes=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    batch_size=st.none() | st.integers(1, 9),
+    ranks=st.integers(1, 5),
+)
+def test_the_ranks_have_every_step_among_them(sizes, batch_size, ranks):
+    order = np.random.default_rng(0).permutation(sum(sizes))
+    begins = np.cumsum([0, *sizes[:-1]])
+    seen = [[] for _ in sizes]
+    for rank in range(ranks):
+        steps, own = part_of_rank(order, sizes, batch_size=batch_size, ranks=ranks, rank=rank)
+        assert steps == [pieces(size, batch_size=batch_size or size, ranks=ranks, rank=rank) for size in sizes]
+        counts = [piece.computed for step in steps for piece in step]
+        assert len(own) == sum(counts)
+        parts = iter(np.split(own, np.cumsum(counts)[:-1]))
+        for number, step in enumerate(steps):
+            for piece in step:
+                part = next(parts)
+                assert set(part) <= set(order[begins[number] : begins[number] + sizes[number]])
+                seen[number] += part[: piece.count].tolist()
+    for number, size in enumerate(sizes):
+        assert seen[number] == order[begins[number] : begins[number] + size].tolist()
 
 
 @given(batch_size=st.integers(1, 9), accumulate=st.integers(1, 5), ranks=st.integers(1, 5))

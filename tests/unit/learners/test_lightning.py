@@ -27,7 +27,7 @@ from shoal.cli.main import main
 from shoal.data import ArrayDataset
 from shoal.errors import ConfigurationError, DataError, WorkerError
 from shoal.learners import lightning_watch
-from shoal.learners.base import Learner
+from shoal.learners.base import Learner, RankedLearner
 from shoal.learners.lightning_carrier import Carrier
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import SILENCE, fit_trainer
@@ -45,6 +45,9 @@ def lightning(module=Classifier, *, trainer=None, **settings):
 def test_it_is_a_learner_and_its_calls_leave_no_trace():
     ours = lightning(partial(Classifier, BatchNormNet))
     assert isinstance(ours, Learner)
+    assert isinstance(ours, RankedLearner)
+    with ours.together() as trainer:
+        assert trainer is ours
     environment = dict(os.environ)
     first = fit(ours)
     assert_equal(fit(ours).delta, first.delta)
