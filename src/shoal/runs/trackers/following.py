@@ -14,7 +14,7 @@ from shoal.runs.files import write_json
 from shoal.runs.folder import METRICS, RunData, read_run
 from shoal.runs.metrics import number, parsed, scalars
 from shoal.runs.trackers.base import Tracker
-from shoal.runs.trackers.process import Ending
+from shoal.runs.trackers.process import LATE, Ending
 
 STATE = "state.json"
 """Says in a tracker's folder what it calls the run, and which record it got last."""
@@ -47,7 +47,7 @@ class Requests(threading.Thread):
             elif said := words.split():
                 self._ending = said[-1].decode()  # type: ignore[assignment]
             self._asked.set()
-        late = threading.Timer(self._deadline, os._exit, (1,))
+        late = threading.Timer(self._deadline, os._exit, (LATE,))
         late.daemon = True
         late.start()
 

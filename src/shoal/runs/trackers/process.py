@@ -17,6 +17,9 @@ Ending = Literal["finished", "failed", "interrupted"]
 DEADLINE = 60.0
 """Seconds that a tracker has at the end of a run to take what it has not got yet, and to let go."""
 
+LATE = 3
+"""The exit code of a tracker's process that has not done so."""
+
 KILL = 5.0
 """Seconds more until its process is killed."""
 
@@ -78,9 +81,12 @@ class TrackerProcess:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-                self._notice = self._notice or f"it had not taken everything {self._deadline:g} s after the run's end"
+                self._notice = self._notice or self._late()
             _pipe(process.stdout).close()
             self._process = None
+
+    def _late(self) -> str:
+        return f"it had not taken everything {self._deadline:g} s after the run's end"
 
     def _send(self, message: bytes) -> None:
         if self._process is not None:
@@ -96,7 +102,9 @@ class TrackerProcess:
         with contextlib.suppress(BlockingIOError):
             said = os.read(_pipe(process.stdout).fileno(), 65536).decode(errors="replace")
             self._notice = said.strip().partition("\n")[0] or None
-        if self._notice is None and code:
+        if self._notice is None and code == LATE:
+            self._notice = self._late()
+        elif self._notice is None and code:
             self._notice = f"its process ended with exit code {code}"
 
 
