@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ class Config:
 
 class Run:
     config = Config()
+    dir = "/offline/files"
 
     def log(self, metrics, step, commit):
         act("log")
@@ -121,19 +123,17 @@ def follow(name: str, run: Path, ending: process.Ending = "finished", deadline: 
     return tracker.notice()
 
 
-def processes_of(run: Path) -> list[str]:
-    """Returns the command lines of processes that were started for a run."""
-    found = [
-        path.read_bytes().replace(b"\0", b" ").decode() for path in Path("/proc").glob("[0-9]*/cmdline") if _lives(path)
-    ]
-    return [line for line in found if "shoal.runs.trackers" in line and str(run) in line]
+def processes_of(run: Path) -> list[int]:
+    """Returns the trackers' processes of a run."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _is_of(path, run)]
 
 
-def _lives(path: Path) -> bool:
+def _is_of(path: Path, run: Path) -> bool:
     try:
-        return bool(path.read_bytes())
-    except OSError:
+        line = path.read_bytes().decode(errors="replace")
+    except OSError:  # it has ended
         return False
+    return "shoal.runs.trackers" in line and str(run) in line
 
 
 def wandb_records(run: Path) -> list[tuple[str, object]]:
@@ -269,6 +269,28 @@ def test_wandb_keeps_each_round_once_in_the_run_folder_also_after_a_resume(tmp_p
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
+def test_what_wandb_held_back_when_it_was_killed_is_written_anew(tmp_path, home):
+    run = tmp_path / "run"
+    log = run_folder(run)
+    log.append(record(1))
+    tracker = TrackerProcess("wandb", run)
+    tracker.poke()
+    until((run / "wandb" / "state.json").exists)
+    (torn,) = run.glob("wandb/offline-run-*")
+    (child,) = processes_of(run)
+    os.kill(child, signal.SIGKILL)
+    until(lambda: not processes_of(run))
+    tracker.end("failed")
+    tracker.close()
+    assert "its process ended with exit code -9" in tracker.notice()
+    log.append(record(2))
+    time.sleep(1.1)
+    assert follow("wandb", run) is None
+    assert not torn.exists()
+    assert [told["_step"] for what, told in wandb_records(run) if what == "history"] == [1, 2]
+
+
 def test_a_tracker_gets_what_it_has_missed_and_each_record_once(tmp_path, fake):
     told = fake()
     log = run_folder(tmp_path / "run")
@@ -292,13 +314,12 @@ def test_a_tracker_that_fails_is_one_notice_and_gets_everything_when_it_works_ag
     told = fake(**{place: "raise"})
     log = run_folder(tmp_path / "run")
     tracker = TrackerProcess("wandb", tmp_path / "run")
-    notices = []
+    notices: list[str | None] = []
     for round in (1, 2, 3):
         log.append(record(round))
         tracker.poke()
-        until(lambda: place != "log" or not notices or told()[-1].get("step"))
-        time.sleep(0.3)
-        notices.append(tracker.notice())
+    if place != "finish":
+        until(lambda: notices.append(tracker.notice()) or notices[-1])
     tracker.end("finished")
     tracker.close()
     (notice,) = [notice for notice in (*notices, tracker.notice()) if notice]

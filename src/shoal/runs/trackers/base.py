@@ -11,10 +11,10 @@ from shoal.runs.trackers.process import Ending
 class Tracker(Protocol):
     """Takes a run's records, in their order."""
 
-    id: str
-    """What the tracker calls the run; a resumed run goes on with it."""
-    place: str
-    """Where the tracker keeps it, as a digest: what is kept in one place is not gone on with in another."""
+    known: dict[str, str]
+    """What is to be remembered to go on with the run: under ``id`` what the tracker calls it."""
+    lasting: bool
+    """Whether what was logged survives when this process is killed; otherwise only what was closed does."""
 
     def describe(self, config: Mapping[str, Any]) -> None:
         """Takes the run's ``config.json``."""

@@ -84,13 +84,14 @@ class Follower:
                     self._last = number(record)
                 self._offset = end
         finally:
-            if self._last != before:
+            if self._last != before and tracker.lasting:
                 self._remember(tracker)
 
     def close(self, ending: Ending) -> None:
         """Lets the tracker go."""
         if self._tracker is not None:
             self._tracker.close(ending)
+            self._remember(self._tracker)
 
     def _open(self) -> Tracker:
         known: dict[str, Any] = {}
@@ -98,13 +99,13 @@ class Follower:
             known = json.loads((self._run / self._name / STATE).read_text(encoding="utf-8"))
         data = read_run(self._run)
         self._tracker = tracker = _opened(self._name, data, known)
-        self._last = known["last"] if known.get("id") == tracker.id else 0
+        self._last = known["last"] if known.get("id") == tracker.known["id"] else 0
         self._remember(tracker)
         tracker.describe(data.config)
         return tracker
 
     def _remember(self, tracker: Tracker) -> None:
-        write_json(self._run / self._name / STATE, {"id": tracker.id, "place": tracker.place, "last": self._last})
+        write_json(self._run / self._name / STATE, {**tracker.known, "last": self._last})
 
     def _records(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Yields the whole records from where the last one ended, and where each ends."""

@@ -38,30 +38,33 @@ class MlflowTracker:
 
     Args:
         run: The run.
-        known: What was remembered of it: ``id`` and ``place``, or nothing.
+        known: What was remembered of it: ``id``, and under ``place`` a digest of the address, or nothing.
     """
+
+    lasting = True
 
     def __init__(self, run: RunData, known: Mapping[str, Any]) -> None:
         from mlflow import MlflowClient
 
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         folder = run.path.resolve() / "mlflow"
-        self.place = hashlib.sha256((uri or "").encode()).hexdigest()[:16]
+        place = hashlib.sha256((uri or "").encode()).hexdigest()[:16]  # it may hold a password
         self._client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder / 'mlflow.db'}")
-        if known.get("place") == self.place:
-            self.id = str(known["id"])
-            self._client.update_run(self.id, status="RUNNING")
+        if known.get("place") == place:
+            self._id = str(known["id"])
+            self._client.update_run(self._id, status="RUNNING")
         else:
-            self.id = self._create(run, None if uri else (folder / "artifacts").as_uri())
+            self._id = self._create(run, None if uri else (folder / "artifacts").as_uri())
+        self.known = {"id": self._id, "place": place}
 
     def describe(self, config: Mapping[str, Any]) -> None:
         """Takes the configuration."""
         from mlflow.entities import Param
 
-        there = self._client.get_run(self.id).data.params
+        there = self._client.get_run(self._id).data.params
         wanted = {_key(name): str(value)[:VALUE] for name, value in flat(config).items()}
         for part in _parts([Param(key, value) for key, value in wanted.items() if key not in there], PARAMS):
-            self._client.log_batch(self.id, params=part)
+            self._client.log_batch(self._id, params=part)
 
     def log(self, number: int, metrics: Mapping[str, float]) -> None:
         """Takes the numbers of one round or epoch, which is their step."""
@@ -70,11 +73,11 @@ class MlflowTracker:
         now = time.time_ns() // 1_000_000
         found = [Metric(_key(name), value, now, number) for name, value in metrics.items()]
         for part in _parts(found, METRICS):
-            self._client.log_batch(self.id, metrics=part)
+            self._client.log_batch(self._id, metrics=part)
 
     def close(self, ending: Ending) -> None:
         """Says how the run ended."""
-        self._client.set_terminated(self.id, STATUS[ending])
+        self._client.set_terminated(self._id, STATUS[ending])
 
     def _create(self, run: RunData, artifacts: str | None) -> str:
         from mlflow.exceptions import MlflowException

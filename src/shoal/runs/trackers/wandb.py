@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shoal.runs.folder import RunData
@@ -20,19 +22,23 @@ class WandbTracker:
 
     A resumed run goes on with the same id, offline in a further folder with that id, which ``wandb sync`` joins to the
     first in the order of their times. What was written already is not written again: W&B would drop a step below the
-    last. Rounds between the checkpoint and the crash so keep the values of the first time.
+    last. Rounds between the checkpoint and the crash so keep the values of the first time. The library holds much back
+    until it is closed; a folder whose process was killed before is therefore removed and written anew.
 
     Args:
         run: The run.
-        known: What was remembered of it: ``id``, or nothing.
+        known: What was remembered of it: ``id``, and under ``part`` a folder that was not closed; or nothing.
     """
 
-    place = ""
+    lasting = False
 
     def __init__(self, run: RunData, known: Mapping[str, Any]) -> None:
         import wandb
 
-        self.id = str(known.get("id") or uuid.uuid4().hex[:8])
+        offline = os.environ.get("WANDB_MODE") == "offline"
+        if known.get("part"):
+            shutil.rmtree(run.path / "wandb" / Path(known["part"]).name, ignore_errors=True)
+        name = str(known.get("id") or uuid.uuid4().hex[:8])
         own = str(run.config.get("identity", {}).get("name") or run.name)
         settings = wandb.Settings(
             silent=True,
@@ -47,10 +53,11 @@ class WandbTracker:
             dir=str(run.path),
             project=os.environ.get("WANDB_PROJECT") or re.sub(r"[/\\#?%:]", "_", own)[:128],
             name=run.name,
-            id=self.id,
-            resume="allow" if known and os.environ.get("WANDB_MODE") != "offline" else None,
+            id=name,
+            resume="allow" if known and not offline else None,
             settings=settings,
         )
+        self.known = {"id": name, "part": Path(self._run.dir).parent.name if offline else ""}
 
     def describe(self, config: Mapping[str, Any]) -> None:
         """Takes the configuration."""
@@ -63,3 +70,4 @@ class WandbTracker:
     def close(self, ending: Ending) -> None:
         """Says how the run ended, and waits until everything is written."""
         self._run.finish(exit_code=int(ending != "finished"))
+        self.known["part"] = ""
