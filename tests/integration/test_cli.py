@@ -321,7 +321,7 @@ def test_doctor_speaks_json_and_english(tmp_path):
 
 
 def test_help_and_version_import_nothing_heavy(tmp_path):
-    heavy = ("torch", "numpy", "plotly", "sklearn", "tensorboardX", "safetensors")
+    heavy = ("torch", "numpy", "plotly", "sklearn", "tensorboardX", "safetensors", "mlflow", "wandb")
     for option in ("--help", "--version"):
         code = (
             "import sys; sys.argv = ['shoal', sys.argv[1]]\n"

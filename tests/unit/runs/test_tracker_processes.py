@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -383,6 +384,7 @@ def test_named_clients_are_told_of_one_by_one_everywhere(tmp_path, fake):
     assert len(given) == 2
     assert {"site-1/loss", "site-2/loss", "train_loss"} <= set(given[0])
     assert told()[-1] == {"exit": 0}
+    assert "wandb" not in sys.modules
     assert b"site-2/loss" in next((tmp_path / "run" / "tensorboard").iterdir()).read_bytes()
     assert "Loss by site" in (tmp_path / "run" / "report.html").read_text()
 
@@ -416,8 +418,64 @@ def test_a_training_is_followed_by_epochs_and_says_how_it_ended(tmp_path, fake):
     shoal.train(learner(), samples(12), run_dir=tmp_path / "run", **settings)
     assert [line["step"] for line in told() if "step" in line] == [1, 2]
     assert told()[-1] == {"exit": 0}
-    with pytest.raises(ZeroDivisionError), RunWriter(None):
-        raise ZeroDivisionError
+
+
+def test_an_interrupted_run_lets_its_tracker_take_the_rest_and_end(tmp_path, fake):
+    told = fake()
+
+    class Impatient(shoal.Callback):
+        def on_round_end(self, record):
+            if record["round"] == 2:
+                raise KeyboardInterrupt
+
+    settings = {"rounds": 3, "trackers": ["wandb"], "callbacks": [Impatient()], "run_dir": tmp_path / "run"}
+    with pytest.raises(shoal.errors.RunInterrupted):
+        shoal.federate(learner(), population(), **settings)
+    assert [line["step"] for line in told() if "step" in line] == [1]
+    assert told()[-1] == {"exit": 1}
+    assert not processes_of(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("error", "ending"), [(None, "finished"), (ValueError, "failed"), (KeyboardInterrupt, "interrupted")]
+)
+def test_a_tracker_is_told_how_the_run_ended(error, ending):
+    told = []
+
+    class Stub:
+        end, close, notice = told.append, (lambda: told.append("closed")), (lambda: None)
+
+    with contextlib.suppress(*([error] if error else [])), RunWriter(None) as writer:
+        writer._trackers = [Stub]
+        if error:
+            raise error
+    assert told == [ending, "closed"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("federate", "--rounds"), ("train", "--epochs")])
+def test_the_command_line_names_trackers(tmp_path, fake, command):
+    told = fake()
+    words = [sys.executable, "-m", "shoal", command[0], "digits", command[1], "1", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run([*words, "--tracker", "wandb"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in told() if "step" in line] == [1]
+    refused = subprocess.run([*words, "--tracker", "wand"], capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "unknown tracker 'wand'; did you mean 'wandb'?" in refused.stderr
+
+
+def test_a_trackers_process_is_quiet_and_at_home_in_the_run_unless_the_user_says_otherwise(home, monkeypatch):
+    run = Path("/runs/one")
+    assert process.environment("mlflow", run)["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    offline = process.environment("wandb", run)
+    assert (offline["WANDB_MODE"], offline["WANDB_ERROR_REPORTING"]) == ("offline", "false")
+    assert offline["WANDB_CACHE_DIR"] == "/runs/one/wandb/cache"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_SERVICE", "of the user's own run")
+    online = process.environment("wandb", run)
+    assert online["WANDB_MODE"] == "online"
+    assert not {"WANDB_CACHE_DIR", "WANDB_SERVICE"} & online.keys()
 
 
 def entry_points():
