@@ -49,6 +49,8 @@ class MlflowTracker:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         folder = run.path.resolve() / "mlflow"
         place = hashlib.sha256((uri or "").encode()).hexdigest()[:16]  # it may hold a password
+        if not uri and not known:  # one that a killed process has begun can be of no use
+            (folder / "mlflow.db").unlink(missing_ok=True)
         self._client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder / 'mlflow.db'}")
         if known.get("place") == place:
             self._id = str(known["id"])

@@ -17,6 +17,9 @@ Ending = Literal["finished", "failed", "interrupted"]
 DEADLINE = 60.0
 """Seconds that a tracker has at the end of a run to take what it has not got yet, and to let go."""
 
+HURRY = 10.0
+"""Seconds that it has when the run did not finish; what is missing then it gets at a resume."""
+
 LATE = 3
 """The exit code of a tracker's process that has not done so."""
 
@@ -44,7 +47,7 @@ class TrackerProcess:
         try:
             self._log.parent.mkdir(exist_ok=True)
             with self._log.open("ab") as log:
-                self._process = _started(command, environment(name, run.resolve()), log)
+                self._process = _started(command, variables(name, run.resolve()), log)
         except OSError as error:
             self._notice = f"its process could not be started: {error}"
 
@@ -59,12 +62,14 @@ class TrackerProcess:
             return None
         self._told = True
         return (
-            f"{self._title}: {self._notice} (see {self._log}); the run goes on, "
-            "and what is missing is handed over when that works again, or at a resume"
+            f"{self._title}: {self._notice} (see {self._log}); "
+            "the run does without it, and what it misses it gets when it works again, or at a resume"
         )
 
     def end(self, ending: Ending) -> None:
         """Tells how the run ended."""
+        if ending != "finished":
+            self._deadline = min(self._deadline, HURRY)
         self._send(f"{ending}\n".encode())
 
     def close(self) -> None:
@@ -108,7 +113,7 @@ class TrackerProcess:
             self._notice = f"its process ended with exit code {code}"
 
 
-def environment(name: str, run: Path) -> dict[str, str]:
+def variables(name: str, run: Path) -> dict[str, str]:
     """Returns the variables for a tracker's process: the user's, and what keeps it quiet and in the run's folder."""
     quiet = {
         "mlflow": {
@@ -125,13 +130,13 @@ def environment(name: str, run: Path) -> dict[str, str]:
     return found
 
 
-def _started(command: list[str], variables: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+def _started(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,
-        env=variables,
+        env=environment,
         bufsize=0,
         start_new_session=True,  # Ctrl-C is the run's to answer
     )

@@ -36,7 +36,7 @@ class WandbTracker:
         import wandb
 
         offline = os.environ.get("WANDB_MODE") == "offline"
-        if known.get("part"):
+        if str(known.get("part", "")).startswith("offline-run-"):
             shutil.rmtree(run.path / "wandb" / Path(known["part"]).name, ignore_errors=True)
         name = str(known.get("id") or uuid.uuid4().hex[:8])
         own = str(run.config.get("identity", {}).get("name") or run.name)
