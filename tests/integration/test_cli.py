@@ -202,6 +202,7 @@ def test_an_experiment_file_and_its_settings(experiment):
         (["--set", "lr=fast"], "lr takes float, not 'fast'"),
         (["--rounds", "0"], "rounds must be a whole number ≥ 1, not 0"),
         (["--seed", "-1"], "the seed must be a whole number ≥ 0, not -1"),
+        (["--tracker", "wand"], "unknown tracker 'wand'; did you mean 'wandb'?"),
         (["--resume"], "--resume goes on with a run's folder: name it with --run-dir"),
         (["--device", "cuda:x"], "--device takes auto, cpu, cuda or cuda:NUMBER, not 'cuda:x'"),
         (["--set", "algorithm=fedprox", "--set", "algorithm.mu=-1"], "FedProx: mu must be ≥ 0, not -1.0"),
