@@ -43,6 +43,17 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[tuple[str, Any,
     return found
 
 
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested JSON objects by their keys' paths, with dots."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {
+        path: found
+        for key, inner in value.items()
+        for path, found in flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
 def qualified_name(value: object) -> str:
     """Returns ``module.qualname`` of a class or function, or of an object's class."""
     named = value if hasattr(value, "__qualname__") else type(value)

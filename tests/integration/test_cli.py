@@ -202,6 +202,7 @@ def test_an_experiment_file_and_its_settings(experiment):
         (["--set", "lr=fast"], "lr takes float, not 'fast'"),
         (["--rounds", "0"], "rounds must be a whole number ≥ 1, not 0"),
         (["--seed", "-1"], "the seed must be a whole number ≥ 0, not -1"),
+        (["--tracker", "wand"], "unknown tracker 'wand'; did you mean 'wandb'?"),
         (["--resume"], "--resume goes on with a run's folder: name it with --run-dir"),
         (["--device", "cuda:x"], "--device takes auto, cpu, cuda or cuda:NUMBER, not 'cuda:x'"),
         (["--set", "algorithm=fedprox", "--set", "algorithm.mu=-1"], "FedProx: mu must be ≥ 0, not -1.0"),
@@ -321,7 +322,7 @@ def test_doctor_speaks_json_and_english(tmp_path):
 
 
 def test_help_and_version_import_nothing_heavy(tmp_path):
-    heavy = ("torch", "numpy", "plotly", "sklearn", "tensorboardX", "safetensors")
+    heavy = ("torch", "numpy", "plotly", "sklearn", "tensorboardX", "safetensors", "mlflow", "wandb")
     for option in ("--help", "--version"):
         code = (
             "import sys; sys.argv = ['shoal', sys.argv[1]]\n"

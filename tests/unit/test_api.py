@@ -51,7 +51,7 @@ import shoal
 assert (dict(os.environ), list(warnings.filters)) == before
 assert not loaded("torch", "numpy", "rich", "typer", "plotly"), loaded("torch", "numpy", "rich", "typer", "plotly")
 shoal.data, shoal.FedAvg
-assert not loaded("torch", "sklearn", "plotly", "tensorboardX", "safetensors")
+assert not loaded("torch", "sklearn", "plotly", "tensorboardX", "safetensors", "mlflow", "wandb")
 assert dict(os.environ) == before[0]
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -18,6 +18,8 @@ EXTRAS = {
     "scikit-learn": "demo",
     "plotly": "tracking",
     "tensorboardX": "tracking",
+    "mlflow-skinny": "mlflow",
+    "wandb": "wandb",
     "lightning": "lightning",
     "tensorflow-cpu": "tensorflow",
     "flwr": "flower",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,9 @@ RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one u
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
 Workers = Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")]
 MaxRestarts = Annotated[int, typer.Option(help="How often to go on from the last checkpoint when a worker fails.")]
+Trackers = Annotated[
+    list[str] | None, typer.Option("--tracker", help="mlflow or wandb, to follow the run as well; repeatable.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as alpha=0.1 or algorithm=fedprox."),
@@ -49,6 +53,7 @@ def federate(
     resume: Resume = False,
     workers: Workers = None,
     max_restarts: MaxRestarts = 0,
+    trackers: Trackers = None,
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
@@ -58,7 +63,16 @@ def federate(
         if max_restarts and run_dir is None:
             raise ConfigurationError("--max-restarts goes on from a run's folder: name it with --run-dir")
         launch_if_asked(workers, max_restarts=max_restarts)
-        _run(experiment, options, settings or [], device=device, precision=precision, run_dir=run_dir, resume=resume)
+        _run(
+            experiment,
+            options,
+            settings or [],
+            device=device,
+            precision=precision,
+            trackers=trackers or [],
+            run_dir=run_dir,
+            resume=resume,
+        )
 
 
 def demo(**options: Any) -> None:
@@ -79,6 +93,7 @@ def _run(
     *,
     device: str | None,
     precision: str | None,
+    trackers: list[str],
     run_dir: Path | None,
     resume: bool,
 ) -> None:
@@ -92,6 +107,8 @@ def _run(
     experiment = build(load(name), parse_settings(pairs) | given)
     if device is not None or precision is not None:
         experiment = _on(experiment, device, precision)
+    if trackers:
+        experiment = dataclasses.replace(experiment, trackers=tuple(trackers))
     if run_dir is None and launched_workers():
         run_dir = next(new_folders(experiment.name))
     if run_dir is not None:
@@ -112,8 +129,6 @@ def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
 
 def _on(experiment: Experiment, device: str | None, precision: str | None) -> Experiment:
     """Returns the experiment on other devices than its own, in what was said of them."""
-    import dataclasses
-
     from shoal.cli.devices import parse_device
 
     devices = experiment.learner.devices

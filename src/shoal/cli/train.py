@@ -42,6 +42,9 @@ DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files l
 RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the training in --run-dir.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Record some steps with torch's profiler.")]
+Trackers = Annotated[
+    list[str] | None, typer.Option("--tracker", help="mlflow or wandb, to follow the run as well; repeatable.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as learner.clip_norm=1."),
@@ -69,6 +72,7 @@ def train(
     nodes: NodeCount = 1,
     node_rank: NodeRank = 0,
     rendezvous: Rendezvous = None,
+    trackers: Trackers = None,
     settings: Set = None,
 ) -> None:
     """Train one model on the devices of one site."""
@@ -89,6 +93,8 @@ def train(
         end_with_launcher()
     plan = _plan(experiment, options, settings or [], epochs)
     plan = dataclasses.replace(plan, learner=plan.learner.on(asked.over(plan.learner.devices, place)))
+    if trackers:
+        plan = dataclasses.replace(plan, trackers=tuple(trackers))
     if run_dir is not None:
         _execute(plan, run_dir, resume=resume)
     elif place is not None:

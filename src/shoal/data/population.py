@@ -90,6 +90,11 @@ class Population(Sequence[Dataset]):
         told = ", ".join(f"{key}={value}" for key, value in rule.items() if key not in ("clients", "min_size"))
         return f"{name}({told})" if told else name
 
+    @property
+    def named(self) -> bool:
+        """Whether the clients have names of their own."""
+        return self._names is not None
+
     def name(self, client: int) -> str:
         """Returns what messages call the client."""
         return f"client {client}" if self._names is None else str(self._names[client])

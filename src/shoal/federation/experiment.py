@@ -14,7 +14,7 @@ from shoal.engines import Engine, SitesEngine
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
 from shoal.randomness import check_seed
-from shoal.runs import Criteria
+from shoal.runs import Criteria, check_trackers
 
 
 class Settings(TypedDict, total=False):
@@ -31,6 +31,7 @@ class Settings(TypedDict, total=False):
     checkpoint_every: int
     keep_checkpoints: int
     tensorboard: bool | None
+    trackers: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,6 +84,9 @@ class Experiment:
     """How many of the latest checkpoints to keep, beside the best."""
     tensorboard: bool | None = None
     """Write TensorBoard events to the run folder; None: where ``tensorboardX`` is installed."""
+    trackers: Sequence[str] = ()
+    """Which of "mlflow" and "wandb" (Weights & Biases) follow the run as well; offline, unless their own environment
+    variables say otherwise. They need a run folder."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -106,6 +110,7 @@ class Experiment:
         if self.target is not None and not math.isfinite(self.target):
             raise ConfigurationError(f"target must be a number, not {self.target}")
         check_seed(self.seed)
+        check_trackers(self.trackers)
         self._check_kinds()
 
     def _check_kinds(self) -> None:
@@ -140,7 +145,16 @@ class Experiment:
 
     def options(self) -> dict[str, Any]:
         """Returns the settings that a resumed run may change, as JSON."""
-        names = ("rounds", "target", "patience", "max_seconds", "checkpoint_every", "keep_checkpoints", "tensorboard")
+        names = (
+            "rounds",
+            "target",
+            "patience",
+            "max_seconds",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "tensorboard",
+            "trackers",
+        )
         return {name: describe(getattr(self, name)) for name in names}
 
     def identity(self, population: Population, evaluate: Any) -> dict[str, Any]:

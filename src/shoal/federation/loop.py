@@ -68,7 +68,7 @@ class FederationLoop:
 
     def _announce(self) -> None:
         plan, first = self._plan, self._run.state.round + 1
-        self._storage.open_tensorboard(plan.experiment.tensorboard, first)
+        self._storage.open_trackers(plan.experiment.tensorboard, plan.experiment.trackers, first)
         info = RunInfo(
             name=plan.experiment.name,
             rounds=plan.experiment.rounds,
@@ -131,6 +131,7 @@ class FederationLoop:
             self._storage.report()
         if self._plan.team is not None:
             send_end(self._plan.team, run, self._history, reason)
+        self._storage.close_trackers("finished")
         result = FederationResult(
             params=params,
             last_params=learner.state_dict(run.state.model),

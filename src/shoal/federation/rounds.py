@@ -8,6 +8,7 @@ from typing import Any
 
 from shoal import trees
 from shoal.algorithms import ServerState
+from shoal.data import Population
 from shoal.engines import CohortSum, Outcome, one_line
 from shoal.errors import ClientError, NonFiniteError
 from shoal.federation.callbacks import Callback
@@ -16,6 +17,9 @@ from shoal.federation.evaluation import ClientMetrics
 from shoal.federation.preparation import Plan
 
 logger = logging.getLogger("shoal")
+
+MAX_SITES = 100
+"""Of as many named clients a round's record holds each one's own metrics."""
 
 
 def train_round(plan: Plan, state: ServerState, callbacks: Sequence[Callback]) -> tuple[ServerState, dict[str, Any]]:
@@ -45,6 +49,7 @@ def train_round(plan: Plan, state: ServerState, callbacks: Sequence[Callback]) -
         "failed": sorted(summed.failures),
         "examples": int(sum(summed.examples.values())),
         **_training(summed).summary(),
+        **_sites(summed, plan.shards.population),
         "bytes_down": len(cohort) * trees.nbytes(state.model.merged()),
         "bytes_up": summed.total.clients * (trees.nbytes(state.model.params) + trees.nbytes(state.model.buffers)),
     }
@@ -94,6 +99,17 @@ def _training(summed: CohortSum) -> ClientMetrics:
         clients = sorted(column)
         metrics.extend(name, [column[client] for client in clients], [summed.examples[client] for client in clients])
     return metrics
+
+
+def _sites(summed: CohortSum, population: Population) -> dict[str, Any]:
+    """Returns the metrics of each client that has a name; nothing where there are too many to be told apart."""
+    if not population.named or len(population) > MAX_SITES:
+        return {}
+    found: dict[str, dict[str, float]] = {population.name(client): {} for client in sorted(summed.examples)}
+    for name, column in summed.metrics.items():
+        for client, value in column.items():
+            found[population.name(client)][name] = float(value)
+    return {"sites": found}
 
 
 def _checked(state: ServerState) -> ServerState:

@@ -12,6 +12,7 @@ from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
 from shoal.description import describe
 from shoal.engines import Engine, SitesEngine, Workers
+from shoal.errors import ConfigurationError
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
 from shoal.federation.loop import FederationLoop
@@ -20,7 +21,7 @@ from shoal.federation.result import FederationResult
 from shoal.federation.storage import RunStorage
 from shoal.federation.together import agree, follow
 from shoal.learners.base import Learner
-from shoal.runs import RunFolder, environment, require_tensorboard
+from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers
 
 SITE_LOGS = "sites"
 """The folder with the sites' logs in that of the run."""
@@ -105,6 +106,8 @@ def run_experiment(
     Where a launcher such as torchrun has started several workers, all call this function with the same arguments. They
     share the cohorts; worker 0 alone measures, writes the folder and tells the callbacks.
     """
+    if experiment.trackers and run_dir is None:
+        raise ConfigurationError("trackers follow the run folder: name one with run_dir=…")
     with Workers.join():
         plan = prepare(experiment)
         with contextlib.closing(plan.engine):
@@ -131,6 +134,7 @@ def _open_folder(plan: Plan, path: Path, *, resume: bool) -> RunFolder:
     experiment = plan.experiment
     if experiment.tensorboard:
         require_tensorboard()
+    require_trackers(experiment.trackers)
     config = {
         "identity": plan.identity,
         "options": experiment.options(),

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: its folder, metrics, checkpoints, TensorBoard events and report."""
+"""What a run leaves on disk: its folder, metrics, checkpoints, report, and what trackers are given."""
 
 from shoal.runs.checkpoints import Checkpoint, Checkpoints, save_model
 from shoal.runs.files import write_json
@@ -7,11 +7,12 @@ from shoal.runs.interrupts import deferred
 from shoal.runs.metrics import TIME_KEYS, USAGE_KEYS, MetricsLog, read_metrics
 from shoal.runs.report import report_on, write_report
 from shoal.runs.selection import Choice, Criteria, Selection
-from shoal.runs.trackers import TensorBoardTracker, Tracker, require_tensorboard
+from shoal.runs.trackers import TRACKERS, TensorBoardTracker, check_trackers, require_tensorboard, require_trackers
 from shoal.runs.writer import RunWriter, environment
 
 __all__ = [
     "TIME_KEYS",
+    "TRACKERS",
     "USAGE_KEYS",
     "Checkpoint",
     "Checkpoints",
@@ -23,7 +24,7 @@ __all__ = [
     "RunWriter",
     "Selection",
     "TensorBoardTracker",
-    "Tracker",
+    "check_trackers",
     "deferred",
     "environment",
     "is_run",
@@ -31,6 +32,7 @@ __all__ = [
     "read_run",
     "report_on",
     "require_tensorboard",
+    "require_trackers",
     "save_model",
     "write_json",
     "write_report",

@@ -6,14 +6,24 @@ from collections.abc import Sequence
 
 from shoal.runs.figures import Plot, add_band, add_line, new_figure, plain, points, series_plot
 from shoal.runs.folder import RunData
-from shoal.runs.metrics import held_out_metrics
+from shoal.runs.metrics import held_out_metrics, number
 
 SPREAD = ("p10", "p50", "p90")
+
+PICTURED_SITES = 20
+"""Of more, the lines could not be told apart."""
+
+COLOURS = 6
+"""How many the page has for lines."""
+
+DASHES = ("solid", "dash", "dot", "dashdot")
+"""How lines of one colour differ."""
 
 
 def federation_plots(runs: Sequence[RunData]) -> list[Plot]:
     """Returns the figures of one federation, or of several laid over each other."""
     found = [_metric_plot(runs, name) for name in _metric_names(runs)]
+    found += _site_plots(runs)
     found.append(series_plot(runs, "seconds", "Time of a round", "seconds"))
     found.append(series_plot(runs, "clients_per_second", "Speed", "clients per second"))
     found += [_partition_plot(run, named=len(runs) > 1) for run in runs if run.partition is not None]
@@ -52,6 +62,24 @@ def _metric_plot(runs: Sequence[RunData], name: str) -> Plot:
         told.insert(0, f"{shown} of the global model on held-out data after each round")
     caption = "; ".join(told) or f"{shown} by round"
     return Plot(title=shown.capitalize(), caption=caption[0].upper() + caption[1:] + ".", figure=plain(figure))
+
+
+def _site_plots(runs: Sequence[RunData]) -> list[Plot]:
+    """Returns the loss of each site on its own training data; nothing where several runs would mix their sites."""
+    by_site: dict[str, list[tuple[int, float]]] = {}
+    for record in runs[0].metrics if len(runs) == 1 else ():
+        for site, metrics in record.get("sites", {}).items():
+            if metrics.get("loss") is not None:
+                by_site.setdefault(site, []).append((number(record), metrics["loss"]))
+    if not 0 < len(by_site) <= PICTURED_SITES:
+        return []
+    figure = new_figure("round", "loss")
+    for index, (site, pairs) in enumerate(sorted(by_site.items())):
+        dash = DASHES[index // COLOURS % len(DASHES)]
+        rounds, losses = zip(*pairs, strict=True)
+        add_line(figure, rounds, losses, label=site, colour=index, dash=dash)
+    caption = "Loss of each site on its own training data, while it trained."
+    return [Plot(title="Loss by site", caption=caption, figure=plain(figure))]
 
 
 def _partition_plot(run: RunData, *, named: bool) -> Plot:

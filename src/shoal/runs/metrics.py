@@ -51,7 +51,7 @@ class MetricsLog:
         Raises:
             StorageError: The file cannot be written.
         """
-        line = json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False)
+        line = json.dumps(_finite(record), allow_nan=False)
         with storing(self._path), self._path.open("ab") as stream:
             start = stream.tell()
             try:
@@ -69,7 +69,7 @@ class MetricsLog:
         if not self._path.exists():
             return
         lines = self._path.read_bytes().splitlines(keepends=True)
-        kept = [line for line in lines if (record := _parsed(line)) is not None and number(record) <= last]
+        kept = [line for line in lines if (record := parsed(line)) is not None and number(record) <= last]
         if kept != lines:
             write_atomic(self._path, b"".join(kept))
 
@@ -78,8 +78,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Returns the records of a file, without a last line that a crash has torn; none where there is no file."""
     if not path.exists():
         return []
-    records = (_parsed(line) for line in path.read_bytes().splitlines(keepends=True))
+    records = (parsed(line) for line in path.read_bytes().splitlines(keepends=True))
     return [record for record in records if record is not None]
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """Returns a line's record; None if a crash has torn it."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no text: a power cut may leave any bytes
+        return None
+    return record if isinstance(record, dict) and any(name in record for name in UNITS) else None
 
 
 def unit(record: Mapping[str, Any]) -> str:
@@ -90,6 +101,15 @@ def unit(record: Mapping[str, Any]) -> str:
 def number(record: Mapping[str, Any]) -> int:
     """Returns the round or epoch of a record."""
     return int(record[unit(record)])
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Returns a record's numbers by name, those of its sites as ``site-1/loss``; null was not finite, and is NaN."""
+    found = dict(record)
+    for site, metrics in found.pop("sites", {}).items():
+        found |= {f"{site}/{name}": value for name, value in metrics.items()}
+    numbers = ((name, math.nan if value is None else value) for name, value in found.items())
+    return {name: float(value) for name, value in numbers if isinstance(value, int | float)}
 
 
 def held_out_metrics(record: Mapping[str, Any]) -> list[str]:
@@ -106,15 +126,7 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (name != "accuracy", name == "loss", name))
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        record = json.loads(line)
-    except ValueError:  # no JSON, or no text: a power cut may leave any bytes
-        return None
-    return record if isinstance(record, dict) and any(name in record for name in UNITS) else None
-
-
 def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
 
+from shoal.description import flat
 from shoal.errors import ConfigurationError, RunFolderError
 from shoal.runs.facts import Fact, facts
 from shoal.runs.federation_plots import federation_plots
@@ -114,7 +114,7 @@ def _tile(fact: Fact) -> str:
 
 def _comparison(runs: Sequence[RunData]) -> str:
     columns = [{fact.label: _cell(fact) for fact in facts(run)} for run in runs]
-    settings = [_flat(run.config.get("identity", {})) for run in runs]
+    settings = [flat(run.config.get("identity", {})) for run in runs]
     keys = dict.fromkeys(key for column in columns for key in column)
     rows = [(key, [column.get(key, "–") for column in columns]) for key in keys]
     for key in sorted({key for setting in settings for key in setting} - keys.keys()):
@@ -140,17 +140,7 @@ def _card(index: int, plot: Plot) -> str:
 def _configuration(run: RunData, *, named: bool) -> str:
     parts = []
     for part in ("identity", "options", "environment"):
-        rows = [(key, [str(value)]) for key, value in _flat(run.config.get(part, {})).items()]
+        rows = [(key, [str(value)]) for key, value in flat(run.config.get(part, {})).items()]
         parts.append(f"<h3>{part}</h3><div class='scroll'>{table(rows)}</div>")
     title = html.escape(f"Configuration of {run.name}" if named else "Configuration")
     return f"<details class='card wide'><summary><h2>{title}</h2></summary>{''.join(parts)}</details>"
-
-
-def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(config, Mapping):
-        return {prefix: config}
-    return {
-        path: value
-        for key, inner in config.items()
-        for path, value in _flat(inner, f"{prefix}.{key}" if prefix else str(key)).items()
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -11,7 +12,7 @@ from shoal.description import describe
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
 from shoal.randomness import check_seed
-from shoal.runs import Criteria
+from shoal.runs import Criteria, check_trackers
 
 
 class Settings(TypedDict, total=False):
@@ -27,6 +28,7 @@ class Settings(TypedDict, total=False):
     checkpoint_every: int | None
     keep_checkpoints: int
     tensorboard: bool | None
+    trackers: Sequence[str]
     trace: bool
 
 
@@ -72,6 +74,9 @@ class Training:
     """How many of the latest checkpoints to keep, beside the best."""
     tensorboard: bool | None = None
     """Write TensorBoard events to the run folder; None: where ``tensorboardX`` is installed."""
+    trackers: Sequence[str] = ()
+    """Which of "mlflow" and "wandb" (Weights & Biases) follow the run as well; offline, unless their own environment
+    variables say otherwise. They need a run folder."""
     trace: bool = False
     """Record a few steps of rank 0 with torch's profiler in ``trace/rank-0.json`` of the run folder, for Perfetto or
     chrome://tracing."""
@@ -86,6 +91,7 @@ class Training:
         if self.target is not None and not math.isfinite(self.target):
             raise ConfigurationError(f"target must be a number, not {self.target}")
         check_seed(self.seed)
+        check_trackers(self.trackers)
         if isinstance(self.learner, type) or not isinstance(self.learner, Learner):
             raise ConfigurationError(f"learner must be a learner such as shoal.TorchLearner, not {self.learner!r}")
         asked = [name for name in ("metric", "target", "patience") if getattr(self, name) is not None]
@@ -113,6 +119,7 @@ class Training:
             "checkpoint_every",
             "keep_checkpoints",
             "tensorboard",
+            "trackers",
         )
         return {name: describe(getattr(self, name)) for name in names} | {"trace": self.trace}
 

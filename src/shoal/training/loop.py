@@ -83,7 +83,8 @@ class TrainingLoop:
         """
         ongoing = self._ongoing
         try:
-            self._storage.open_tensorboard(self._plan.tensorboard, self._progress.epochs + 1)
+            plan, first = self._plan, self._progress.epochs + 1
+            self._storage.open_trackers(plan.tensorboard, plan.trackers, first)
             for callback in self._callbacks:
                 callback.on_train_start(self._info)
             while True:
@@ -211,6 +212,7 @@ class TrainingLoop:
             self._storage.save_classes(classes)
             self._storage.report()
         ongoing.agreed(0.0)  # a rank that ended before rank 0 has written all might be taken for one that failed
+        self._storage.close_trackers("finished")
         result = TrainingResult(
             params=params,
             last_params=learner.state_dict(last),

@@ -14,7 +14,7 @@ from shoal.description import describe
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.learners.base import Learner, OngoingTraining, TrainableLearner
-from shoal.runs import RunFolder, environment, require_tensorboard
+from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers
 from shoal.training.callbacks import TrainingCallback
 from shoal.training.definition import Settings, Training
 from shoal.training.loop import TrainingLoop
@@ -89,6 +89,8 @@ def run_training(
     """
     if plan.trace and run_dir is None:
         raise ConfigurationError("trace=True writes to the run folder: name one with run_dir=…")
+    if plan.trackers and run_dir is None:
+        raise ConfigurationError("trackers follow the run folder: name one with run_dir=…")
     data = as_dataset(plan.data)
     held_out = None if plan.evaluate is None else as_dataset(plan.evaluate)
     data.check()
@@ -133,6 +135,7 @@ def _open_folder(
 ) -> RunFolder:
     if plan.tensorboard:
         require_tensorboard()
+    require_trackers(plan.trackers)
     batching = ongoing.batching
     config = {
         "identity": plan.identity(

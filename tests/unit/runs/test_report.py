@@ -105,6 +105,25 @@ def test_gaps_failures_and_other_metrics(tmp_path):
     assert "10 client updates were left out because they failed" in page.read_text()
 
 
+def test_each_site_has_a_line_and_a_second_run_none(tmp_path):
+    losses = {"site-1": [0.5, 0.25], "site-2": [1.0, None]}
+    run = make_run(tmp_path / "run", rounds=0)
+    for place in (0, 1):
+        sites = {site: {"loss": values[place]} for site, values in losses.items()}
+        with (run / "metrics.jsonl").open("a") as stream:
+            stream.write(json.dumps(record(place + 1, sites=sites)) + "\n")
+    page = write_report([run])
+    assert "Loss by site" in page.read_text()
+    found = [figure["data"] for figure in figures(page)]
+    lines = next(data for data in found if data and data[0].get("name") == "site-1")
+    assert [(line["name"], line["x"], line["y"]) for line in lines] == [
+        ("site-1", [1, 2], [0.5, 0.25]),
+        ("site-2", [1], [1.0]),
+    ]
+    both = write_report([run, make_run(tmp_path / "other", rounds=2)], tmp_path / "both.html")
+    assert "Loss by site" not in both.read_text()
+
+
 def test_names_are_text_and_never_markup(tmp_path):
     evil = "</script><script>alert(1)</script>"
     run = make_run(tmp_path / "run", name=evil)

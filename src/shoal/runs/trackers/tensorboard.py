@@ -1,4 +1,4 @@
-"""Where metrics go beside ``metrics.jsonl``."""
+"""TensorBoard's events."""
 
 from __future__ import annotations
 
@@ -8,22 +8,10 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from shoal.errors import MissingExtraError
 from shoal.runs.files import storing
-
-
-class Tracker(Protocol):
-    """Takes the metrics of each round."""
-
-    def log(self, round: int, metrics: Mapping[str, float]) -> None:
-        """Takes the numbers of one round."""
-        ...  # pragma: no cover
-
-    def close(self) -> None:
-        """Lets go of files and connections."""
-        ...  # pragma: no cover
 
 
 def require_tensorboard() -> None:
