@@ -85,7 +85,7 @@ class WeightedSum:
         return [tree[name] for tree in trees for name in sorted(tree)]
 
     def mean(self) -> Aggregate:
-        """Turns the sums, where they are, into the mean of what was added, at least one update; no more can be added."""
+        """Turns the sums, where they are, into the mean of what was added, at least one update; no more is added."""
         if self._mean is None:
             self._mean = Aggregate(
                 delta=self._divided(self._delta),

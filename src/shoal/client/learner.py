@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from contextlib import nullcontext
 
 from shoal import trees
 from shoal.client.loop import TaskSource
 from shoal.data import Dataset, as_dataset
-from shoal.learners.base import Learner
-from shoal.processes.forking import in_new_thread
+from shoal.learners.base import Learner, RankedLearner
+from shoal.processes.forking import flush_output, in_new_thread
 from shoal.sites import Site
 
 
@@ -22,24 +21,19 @@ def serve(learner: Learner, site: Site) -> None:
         learner: On the site's devices.
         site: Has the data.
     """
-    code = 0
     try:
         in_new_thread(lambda: _serve(learner, site))
     except BaseException:
         traceback.print_exc()
-        code = 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # what the server's process has yet to do is not done here
+        flush_output()
+        os._exit(1)  # what the server's process has yet to do is not done here
 
 
 def _serve(learner: Learner, site: Site) -> None:
     data = as_dataset(site.data, name=site.name)
     held_out: Dataset | None = None if site.evaluate is None else as_dataset(site.evaluate, name=site.name)
     source = TaskSource(evaluate=held_out is not None)
-    together = getattr(learner, "together", None)
-    with nullcontext(learner) if together is None else together() as trains:
+    with learner.together() if isinstance(learner, RankedLearner) else nullcontext(learner) as trains:
         while (task := source.next_task()) is not None:
             if task.kind == "evaluate" and held_out is not None:
                 task.reply(examples=len(held_out), metrics=trains.evaluate(task.model, held_out))
