@@ -32,6 +32,7 @@ MaxRestarts = Annotated[int, typer.Option(help="How often to go on from the last
 Trackers = Annotated[
     list[str] | None, typer.Option("--tracker", help="mlflow or wandb, to follow the run as well; repeatable.")
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what every rank of every site writes.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as alpha=0.1 or algorithm=fedprox."),
@@ -39,7 +40,10 @@ Set = Annotated[
 
 
 def federate(
-    experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
+    experiment: Annotated[
+        str,
+        typer.Argument(help="A Python file, an exported job's folder, or digits, fashion_mnist, cifar10, synthetic."),
+    ],
     rounds: Rounds = None,
     cohort: Cohort = None,
     clients: Clients = None,
@@ -54,6 +58,7 @@ def federate(
     workers: Workers = None,
     max_restarts: MaxRestarts = 0,
     trackers: Trackers = None,
+    verbose: Verbose = False,
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
@@ -70,6 +75,7 @@ def federate(
             device=device,
             precision=precision,
             trackers=trackers or [],
+            verbose=verbose,
             run_dir=run_dir,
             resume=resume,
         )
@@ -94,6 +100,7 @@ def _run(
     device: str | None,
     precision: str | None,
     trackers: list[str],
+    verbose: bool,
     run_dir: Path | None,
     resume: bool,
 ) -> None:
@@ -107,6 +114,8 @@ def _run(
     experiment = build(load(name), parse_settings(pairs) | given)
     if device is not None or precision is not None:
         experiment = _on(experiment, device, precision)
+    if verbose:
+        experiment = _verbose(experiment)
     if trackers:
         experiment = dataclasses.replace(experiment, trackers=tuple(trackers))
     if run_dir is None and launched_workers():
@@ -125,6 +134,15 @@ def _execute(experiment: Experiment, path: Path, *, resume: bool) -> None:
     except RunInterrupted as interrupt:
         message = f"{interrupt}; to go on: {resume_command(path)}"
         raise RunInterrupted(message) from interrupt.__cause__
+
+
+def _verbose(experiment: Experiment) -> Experiment:
+    """Returns the experiment with all that its sites write shown."""
+    from shoal.engines import SitesEngine
+
+    if not isinstance(experiment.engine, SitesEngine):
+        raise ConfigurationError("--verbose shows what sites write, and this federation has none: leave it out")
+    return dataclasses.replace(experiment, engine=dataclasses.replace(experiment.engine, verbose=True))
 
 
 def _on(experiment: Experiment, device: str | None, precision: str | None) -> Experiment:

@@ -63,7 +63,7 @@ class Link:
         if received is None:
             raise WorkerError("the federation's server does not know this process: let the site's launcher start it")
         self.welcome: Mapping[str, Any] = received[0]["welcome"]
-        """What the server says to all ranks: the number of rounds, and the site's settings."""
+        """What the server says to all ranks: the site's settings."""
         self._stream.settimeout(None)
         for target in (self._listen, self._live):
             threading.Thread(target=target, name="shoal-link", daemon=True).start()

@@ -85,7 +85,7 @@ class TaskSource:
         return Task(
             kind=told["kind"],
             round=told["round"],
-            rounds=link.welcome["rounds"],
+            rounds=told["rounds"],
             site=link.site,
             client=told["client"],
             run_seed=told["seed"],

@@ -8,6 +8,7 @@ from typing import Any
 
 from shoal import trees
 from shoal.learners.base import Learner
+from shoal.learners.script import ties_of
 from shoal.processes.tensors import LazyTree, read_only, write_tensors
 from shoal.sites.state import Reply
 from shoal.types import Array, Broadcast, LocalObjective, ModelState, Params, Update
@@ -27,7 +28,7 @@ class SiteTask:
         self.kind = kind
         self.broadcast = broadcast
         self._seed = seed
-        self._ties = _ties(broadcast.model, learner.state_dict(broadcast.model))
+        self._ties = ties_of(broadcast.model, learner.state_dict(broadcast.model))
         self.fd = -1
         self._number = 0
 
@@ -94,13 +95,6 @@ class SiteTask:
         arrays = LazyTree(reply.file, {name: {**model.params, **model.buffers}[name] for name in entries})
         bad = next((name for name, array in arrays.items() if not trees.all_finite({name: array})), None)
         return f"it sent NaN or infinity in {bad}: try a smaller learning rate, or clip gradients" if bad else None
-
-
-def _ties(model: ModelState, state_dict: Params) -> dict[str, str]:
-    """Returns the names that a state dict has beside the model's own, each with the one of the same array."""
-    merged = model.merged()
-    homes = {id(array): name for name, array in merged.items()}
-    return {name: homes[id(array)] for name, array in state_dict.items() if name not in merged and id(array) in homes}
 
 
 def update_of(reply: Reply, model: ModelState) -> Update:

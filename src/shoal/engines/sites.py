@@ -57,7 +57,6 @@ class SitesEngine:
     Args:
         sites: One for each client, in their order.
         starter: Starts a site's launcher.
-        rounds: How many rounds there will be.
         allotment: Which devices each site has.
         policy: What to do about failures.
         verbose: Whether to show what all ranks write, and not only each site's rank 0.
@@ -65,10 +64,11 @@ class SitesEngine:
 
     sites: Sequence[Site]
     starter: Starter
-    rounds: int
     allotment: Allotment
     policy: SitePolicy = field(default_factory=SitePolicy)
     verbose: bool = False
+    rounds: int = 0
+    """How many rounds the federation has, which the sites are told."""
     name: str = "sites"
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class SitesEngine:
         """
         environments = self.allotment.environments(self.sites)
         self._states = {site.name: SiteState(site=site) for site in self.sites}
-        self._hub = hub = Hub(self._states, rounds=self.rounds)
+        self._hub = hub = Hub(self._states)
         try:
             started = [self.starter(hub.address, site, env) for site, env in zip(self.sites, environments, strict=True)]
             for site, launcher in zip(self.sites, started, strict=True):
@@ -199,7 +199,9 @@ class SitesEngine:
             state.task, state.since = self._number, time.monotonic()
             for rank, connection in sorted(state.ranks.items()):
                 connection.does(ON_ITS_WAY)
-                connection.post({"task": work.message(client)}, work.fd if rank == 0 else None)
+                connection.post(
+                    {"task": work.message(client) | {"rounds": self.rounds}}, work.fd if rank == 0 else None
+                )
 
     @staticmethod
     def _idle(state: SiteState) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.experiments.central import centrally
 from shoal.experiments.overrides import apply, apply_to_training, converted
-from shoal.federation import Experiment
+from shoal.federation import Experiment, Job
+from shoal.federation.job_files import is_job, load_job
 from shoal.training import Training
 
 BUILT_IN = ("cifar10", "digits", "fashion_mnist", "synthetic")
@@ -28,11 +29,13 @@ def load(name: str) -> ExperimentFunction:
     """Returns the function ``experiment`` of a Python file or of a built-in experiment.
 
     Args:
-        name: A path that ends in ``.py``, or one of :data:`BUILT_IN`.
+        name: A path that ends in ``.py``, or one of :data:`BUILT_IN`, or the folder of a job that was exported.
 
     Raises:
         ConfigurationError: There is no such file or name, or the file has no such function.
     """
+    if is_job(Path(name)):
+        return load_job(Path(name)).experiment
     function = getattr(_module(name), "experiment", None)
     if not callable(function):
         raise ConfigurationError(f"{name} has no function experiment(...) that returns a shoal.Experiment")
@@ -68,6 +71,7 @@ def build(function: ExperimentFunction, settings: Mapping[str, str]) -> Experime
         ConfigurationError: A key does not exist, or its value cannot be read.
     """
     made, rest, parameters = _made(function, settings)
+    made = made.experiment() if isinstance(made, Job) else made
     if not isinstance(made, Experiment):
         raise ConfigurationError(f"experiment(...) must return a shoal.Experiment, not {type(made).__name__}")
     return apply(made, rest, also_known=parameters)

@@ -143,15 +143,33 @@ class Job:
             StorageError: The run folder cannot be written.
             RunInterrupted: Ctrl-C or SIGTERM came; the state is saved, and all processes have ended.
         """
-        return run_experiment(self._experiment(verbose=verbose), run_dir=run_dir, resume=resume, callbacks=callbacks)
+        return run_experiment(self.experiment(verbose=verbose), run_dir=run_dir, resume=resume, callbacks=callbacks)
 
-    def _experiment(self, *, verbose: bool) -> Experiment:
+    def export(self, folder: str | Path) -> None:
+        """Writes all that the job needs into a new folder, for ``shoal federate FOLDER``.
+
+        That is the script and the modules beside it that it imports, the model that the federation starts from, and
+        all settings as JSON.
+
+        Raises:
+            ConfigurationError: The job has a learner, or a setting that is no JSON; or the folder is not empty.
+            StorageError: The folder cannot be written.
+        """
+        from shoal.federation.job_files import export_job
+
+        export_job(self, Path(folder))
+
+    def experiment(self, *, verbose: bool = False) -> Experiment:
+        """Returns the job as an experiment, whose clients are the sites and whose engine starts them.
+
+        Args:
+            verbose: Whether to show what every rank writes, and not only each site's rank 0.
+        """
         learner, clients, starter = self._parts()
         allowed = len(self.sites) - (self.min_sites or len(self.sites))
         engine = SitesEngine(
             sites=self.sites,
             starter=starter,
-            rounds=self.rounds,
             allotment=Allotment(accelerator=self.accelerator, share_devices=self.share_devices),
             policy=SitePolicy(
                 on_failure=self.on_failure,

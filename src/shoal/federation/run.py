@@ -109,6 +109,8 @@ def run_experiment(
     if experiment.trackers and run_dir is None:
         raise ConfigurationError("trackers follow the run folder: name one with run_dir=…")
     with Workers.join():
+        if isinstance(experiment.engine, SitesEngine):
+            experiment.engine.rounds = experiment.rounds
         plan = prepare(experiment)
         with contextlib.closing(plan.engine):
             if plan.team is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -18,13 +18,21 @@ from shoal.errors import ConfigurationError
 from shoal.types import Broadcast, ModelState, Params, Update
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class FirstModel(ModelState):
+    """A model as it was before training, in another process."""
+
+    ties: Mapping[str, str] = field(default_factory=dict)
+    """Further names that its state dict has, each with the one under which the array is in the model."""
+
+
 @dataclass(frozen=True, eq=False)
 class ScriptLearner:
     """The global model of a federation whose sites run a script of the user's.
 
     Args:
         script: The script's path.
-        model: A torch module, or what makes one; or arrays by name, of numpy's or torch's.
+        model: A torch module, or what makes one; or arrays by name, of numpy's or torch's; or a model that was saved.
         args: The script's arguments at all sites.
     """
 
@@ -42,9 +50,7 @@ class ScriptLearner:
 
     def init(self, seed: int) -> ModelState:
         """Returns the model before training; a function that makes a module is called with torch seeded."""
-        if isinstance(self.model, Mapping):
-            return _by_kind(self.model)
-        model, self.__dict__["_homes"] = self._made(seed)  # the slot of the cached property
+        model, self.__dict__["_ties"] = self._made(seed)  # the slot of the cached property
         return model
 
     def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:  # noqa: ARG002
@@ -61,16 +67,20 @@ class ScriptLearner:
     def state_dict(self, model: ModelState) -> Params:
         """Returns the arrays as the script's model takes them."""
         merged = model.merged()
-        return merged if isinstance(self.model, Mapping) else {name: merged[home] for name, home in self._homes.items()}
+        return merged | {name: merged[home] for name, home in self._ties.items()}
 
     def on(self, devices: Devices) -> Self:  # noqa: ARG002
-        """Returns the same learner: the sites have devices of their own."""
-        return self
+        """Refuses: the sites have devices of their own."""
+        raise ConfigurationError(
+            f"the devices of {self.script.name} are those of its sites: "
+            "say shoal.Site(…, devices=…), or accelerator=… of the job"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Returns what decides the numbers, as JSON."""
         digest = hashlib.sha256(self.script.read_bytes()).hexdigest()
-        model = "arrays" if isinstance(self.model, Mapping) else describe(self.model)
+        arrays = isinstance(self.model, Mapping | ModelState)  # of which the run's identity has names and shapes
+        model = "arrays" if arrays else describe(self.model)
         return {
             "name": "ScriptLearner",
             "script": self.script.name,
@@ -80,12 +90,16 @@ class ScriptLearner:
         }
 
     @cached_property
-    def _homes(self) -> dict[str, str]:
-        """For each name in the module's state dict that under which its array is in the model."""
+    def _ties(self) -> Mapping[str, str]:
+        """The further names that the model's state dict has, each with the one of the same array in the model."""
         return self._made(seed=0)[1]
 
-    def _made(self, seed: int) -> tuple[ModelState, dict[str, str]]:
-        """Returns the model, whose arrays are those of a module that is not kept, and their names."""
+    def _made(self, seed: int) -> tuple[ModelState, Mapping[str, str]]:
+        """Returns the model, whose arrays are those of a module that is not kept, and its further names."""
+        if isinstance(self.model, FirstModel):
+            return self.model, self.model.ties
+        if isinstance(self.model, Mapping):
+            return _by_kind(self.model), {}
         import torch
 
         from shoal.learners.torch_model import ResidentModel
@@ -96,13 +110,23 @@ class ScriptLearner:
             for tree in (resident.params, resident.buffers, resident.constants)
         )
         model = ModelState(params=params, buffers=buffers, constants=constants)
-        names = {id(tensor): name for name, tensor in model.merged().items()}
-        return model, {name: names[id(tensor)] for name, tensor in resident.state_dict(model).items()}
+        return model, ties_of(model, resident.state_dict(model))
+
+    def ties(self, model: ModelState) -> dict[str, str]:
+        """Returns the further names that the model's state dict has, each with the one of the same array."""
+        return ties_of(model, self.state_dict(model))
 
     def _refuse(self) -> NoReturn:
         raise ConfigurationError(
             f"{self.script.name} trains and measures at the sites, and not in this process: run it with shoal.Job"
         )
+
+
+def ties_of(model: ModelState, state_dict: Params) -> dict[str, str]:
+    """Returns the names that a state dict has beside the model's own, each with the one of the same array."""
+    merged = model.merged()
+    homes = {id(array): name for name, array in merged.items()}
+    return {name: homes[id(array)] for name, array in state_dict.items() if name not in merged}
 
 
 def _by_kind(arrays: Mapping[str, Any]) -> ModelState:

@@ -28,14 +28,12 @@ class Hub:
 
     Args:
         states: The sites by name.
-        rounds: How many rounds there will be, which the ranks are told.
     """
 
-    def __init__(self, states: Mapping[str, SiteState], *, rounds: int) -> None:
+    def __init__(self, states: Mapping[str, SiteState]) -> None:
         self.address = Address.create()
         """Where the sites' processes are to connect."""
         self._states = states
-        self._rounds = rounds
         self._listener = self.address.listen()
         self._strangers: list[Connection] = []
         self._selector = selectors.DefaultSelector()
@@ -126,8 +124,7 @@ class Hub:
             )
             return
         state.ranks[int(rank)] = connection
-        welcome = {"rounds": self._rounds, "config": dict(state.site.config)}
-        connection.post({"welcome": welcome})
+        connection.post({"welcome": {"config": dict(state.site.config)}})
 
     def _take(self, state: SiteState, connection: Connection, message: Message, fd: int | None) -> None:
         if "reply" in message:
