@@ -67,11 +67,9 @@ def advance(tree: Params, increment: Params, *, consume: bool = False) -> dict[s
         consume: Whether to take each array out of ``increment``, a dict, as soon as it is added: the sum then needs no
             more memory than that had.
     """
-
-    def step(name: str) -> Array:
-        return increment.pop(name) if consume and isinstance(increment, dict) else increment[name]
-
-    return {name: cast_like(widen(array) + widen(step(name)), array) for name, array in tree.items()}
+    if not (consume and isinstance(increment, dict)):
+        return map_trees(lambda array, step: cast_like(widen(array) + widen(step), array), tree, increment)
+    return {name: cast_like(_added(increment.pop(name), array), array) for name, array in tree.items()}
 
 
 def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:
@@ -156,6 +154,12 @@ def unflatten(tree: Params, separator: str = "/") -> dict[str, dict[str, Array]]
         outer, _, inner = name.partition(separator)
         trees.setdefault(outer, {})[inner] = array
     return trees
+
+
+def _added(wide: Array, array: Array) -> Array:
+    """Adds an array to one in float64, in place."""
+    wide += array
+    return wide
 
 
 def _difference(after: Array, before: Array) -> Array:

@@ -42,6 +42,8 @@ class ClientResult:
     """What the client sent back."""
     error: Exception | None = None
     """What stopped it, with its traceback."""
+    checked: bool = False
+    """Whether the engine has seen to it that the update's names and shapes are the model's, and its numbers finite."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from shoal import trees
 from shoal.learners.base import Learner
 from shoal.learners.script import ties_of
-from shoal.processes.tensors import LazyTree, read_only, write_tensors
+from shoal.processes.tensors import Entry, TensorFile, read_only, write_tensors
 from shoal.sites.state import Reply
-from shoal.types import Array, Broadcast, LocalObjective, ModelState, Params, Update
+from shoal.types import Array, Broadcast, LocalObjective, Params, Update
 
 
 class SiteTask:
@@ -29,6 +32,10 @@ class SiteTask:
         self.broadcast = broadcast
         self._seed = seed
         self._ties = ties_of(broadcast.model, learner.state_dict(broadcast.model))
+        sizes = [math.prod(array.shape) for array in broadcast.model.merged().values()]
+        largest = max(sizes, default=0)
+        self._wide = np.empty(largest, np.float64)
+        self._raw = np.empty(8 * largest, np.uint8)
         self.fd = -1
         self._number = 0
 
@@ -82,57 +89,93 @@ class SiteTask:
             return None
         if reply.file is None:
             return "it sent no parameters"
+        return self._misfit(reply, reply.file.entries) or self._not_finite(reply.file)
+
+    def _misfit(self, reply: Reply, entries: Mapping[str, Entry]) -> str | None:
+        """Says how names or shapes differ from the model's; None where they do not."""
         model = self.broadcast.model
         wanted = {**model.params, **({} if reply.tree == "delta" else model.buffers)}
-        entries = reply.file.entries
         for name, array in wanted.items():
             if name not in entries:
                 return f"it sent no {name}"
             if entries[name].shape != tuple(array.shape):
                 return f"it sent {name} with shape {list(entries[name].shape)}, and {list(array.shape)} is expected"
-        if unknown := sorted(entries.keys() - model.params.keys() - model.buffers.keys()):
-            return f"it sent {unknown[0]}, which the model does not have"
-        arrays = LazyTree(reply.file, {name: {**model.params, **model.buffers}[name] for name in entries})
-        bad = next((name for name, array in arrays.items() if not trees.all_finite({name: array})), None)
-        return f"it sent NaN or infinity in {bad}: try a smaller learning rate, or clip gradients" if bad else None
+        unknown = sorted(entries.keys() - model.params.keys() - model.buffers.keys())
+        return f"it sent {unknown[0]}, which the model does not have" if unknown else None
 
+    def _not_finite(self, file: TensorFile) -> str | None:
+        """Says which array holds NaN or infinity; None where none does."""
+        tree = {**self.broadcast.model.params, **self.broadcast.model.buffers}
+        for name in file.entries:
+            if not trees.all_finite({name: file.read(name, like=tree[name], memory=self._raw)}):
+                return f"it sent NaN or infinity in {name}: try a smaller learning rate, or clip gradients"
+        return None
 
-def update_of(reply: Reply, model: ModelState) -> Update:
-    """Returns a reply as an update, whose arrays are read and subtracted when they are asked for."""
-    if reply.file is None:
-        raise ValueError("a reply without arrays is no update")
-    wants_difference = reply.tree == "params"
-    buffers = model.buffers if all(name in reply.file.entries for name in model.buffers) else {}
-    return Update(
-        delta=_Difference(LazyTree(reply.file, model.params), model.params if wants_difference else None),
-        buffers=_Difference(LazyTree(reply.file, buffers), model.buffers if wants_difference else None)
-        if buffers or not model.buffers
-        else trees.zeros(model.buffers),
-        weight=reply.examples,
-        metrics=reply.metrics,
-    )
+    def update(self, reply: Reply) -> Update:
+        """Returns a reply that has no problem as an update.
+
+        Its arrays are read and subtracted when they are asked for, each in the same memory as the one before, so that
+        a site's model is never in this process as a whole.
+        """
+        model = self.broadcast.model
+        has_buffers = reply.file is not None and all(name in reply.file.entries for name in model.buffers)
+        return Update(
+            delta=_Difference(reply, model.params, self._raw, self._wide),
+            buffers=_Difference(reply, model.buffers, self._raw, self._wide)
+            if has_buffers
+            else trees.zeros(model.buffers),
+            weight=reply.examples,
+            metrics=reply.metrics,
+        )
 
 
 class _Difference(Mapping[str, Array]):
-    """A tree minus another in float64, array by array as they are asked for, so that neither is in memory as a whole.
+    """What a site's training has changed, in float64; each array is valid until the next one is asked for.
 
     Args:
-        after: The tree; read anew each time.
-        before: The other one; None for the tree itself.
+        reply: Has the arrays after training, or what has changed in them.
+        before: The arrays before it, by the names to have.
+        raw: Memory for what is read, uint8, as much as the largest array takes.
+        wide: Memory for what is returned, float64, likewise.
     """
 
-    def __init__(self, after: Params, before: Params | None) -> None:
-        self._after = after
+    def __init__(self, reply: Reply, before: Params, raw: np.ndarray, wide: np.ndarray) -> None:
+        self._reply = reply
         self._before = before
+        self._raw = raw
+        self._wide = wide
 
     def __getitem__(self, name: str) -> Array:
-        array = self._after[name]
-        if self._before is None:
-            return trees.widen(array)
-        return trees.difference({name: array}, {name: self._before[name]})[name]
+        before = self._before[name]
+        if self._reply.file is None:
+            raise KeyError(name)
+        read = self._reply.file.read(name, like=before, memory=self._raw)
+        wide = self._wide[: math.prod(read.shape)].reshape(tuple(read.shape))
+        found: Array = _widened(wide, read)
+        if self._reply.tree == "params":
+            _subtract(found, before)
+        return found
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._after)
+        return iter(self._before)
 
     def __len__(self) -> int:
-        return len(self._after)
+        return len(self._before)
+
+
+def _widened(memory: np.ndarray, array: Array) -> Array:
+    """Returns an array in float64, in memory of that dtype and of its shape, as an array of its own kind."""
+    if isinstance(array, np.ndarray):
+        np.copyto(memory, array)
+        return memory
+    import torch
+
+    return torch.from_numpy(memory).copy_(array)
+
+
+def _subtract(wide: Array, array: Array) -> None:
+    """Subtracts an array from one in float64, in place; by numpy where it can, because torch would widen a copy."""
+    if isinstance(array, np.ndarray) or array.dtype.itemsize not in (4, 8):
+        wide -= array
+    else:
+        np.subtract(wide.numpy(), array.detach().numpy(), out=wide.numpy())

@@ -11,9 +11,10 @@ from typing import Literal
 
 from shoal.data import Population
 from shoal.engines.base import ClientResult, ClientTask
-from shoal.engines.site_task import SiteTask, update_of
+from shoal.engines.site_task import SiteTask
 from shoal.errors import ClientError, ConfigurationError, SiteError
 from shoal.learners.base import Learner
+from shoal.processes.memory import give_large_memory_back
 from shoal.sites.allotment import Allotment
 from shoal.sites.hub import Hub
 from shoal.sites.log import SiteLog
@@ -84,6 +85,7 @@ class SitesEngine:
         Raises:
             ConfigurationError: A site cannot be started, or there are too few devices.
         """
+        give_large_memory_back()
         environments = self.allotment.environments(self.sites)
         self._states = {site.name: SiteState(site=site) for site in self.sites}
         self._hub = hub = Hub(self._states)
@@ -107,7 +109,7 @@ class SitesEngine:
                 yield ClientResult(client=client, error=problem)
                 continue
             try:
-                yield ClientResult(client=client, update=update_of(reply, broadcast.model))
+                yield ClientResult(client=client, update=work.update(reply), checked=True)
             finally:
                 if reply.file is not None:
                     reply.file.close()

@@ -32,7 +32,7 @@ class FederationLoop:
         self._plan = plan
         self._storage = storage
         self._callbacks = callbacks
-        self._run, self._history = storage.restore(plan.start)
+        self._run, self._history = storage.restore(plan.first.pop())
         best = self._run.best
         chosen = None if best is None else Choice(number=best.round, metric=best.metric, value=best.value)
         self._selection = Selection(plan.experiment.criteria(), chosen)

@@ -39,10 +39,15 @@ class Plan:
     """Number of clients in a round."""
     evaluator: Evaluator
     """Measures the global model; false where nothing is to be measured."""
-    start: ServerState
-    """The method's state before the first round."""
     identity: dict[str, Any]
     """What decides the run's numbers, as JSON."""
+    first: list[ServerState]
+    """Holds :attr:`start` until it is taken out, so that a run need not keep the model that it has left behind."""
+
+    @property
+    def start(self) -> ServerState:
+        """The method's state before the first round."""
+        return self.first[0]
 
     @property
     def team(self) -> DistributedEngine | None:
@@ -97,7 +102,7 @@ def _prepare(experiment: Experiment, population: Population, engine: Engine, cho
         shards=shards,
         cohort=cohort,
         evaluator=evaluator,
-        start=experiment.algorithm.start(model),
+        first=[experiment.algorithm.start(model)],
         identity=experiment.identity(population, held_out) | {"model": _signature(model)},
     )
 

@@ -10,7 +10,6 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,18 +161,20 @@ class TensorFile:
         """The size of all arrays together."""
         return self._size - PREFIX - len(self.header)
 
-    def read(self, name: str, *, like: Array | None = None) -> Array:
+    def read(self, name: str, *, like: Array | None = None, memory: np.ndarray | None = None) -> Array:
         """Returns a copy of an array.
 
         Args:
             name: Which.
             like: An array of the framework to return; None for torch's where numpy has no such dtype, else numpy's.
+            memory: Where the copy is to be, uint8 [bytes or more]; None for new memory.
 
         Raises:
             ValueError: The memory was cut.
         """
         entry = self.entries[name]
-        data = np.empty(entry.end - entry.start, np.uint8)
+        size = entry.end - entry.start
+        data = np.empty(size, np.uint8) if memory is None else memory[:size]
         self.fill(data, entry.start)
         kind = "numpy" if like is None or isinstance(like, np.ndarray | np.generic) else "torch"
         return view(data, Entry(entry.dtype, entry.shape, 0, len(data)), framework=kind)
@@ -238,28 +239,6 @@ def view(data: np.ndarray, entry: Entry, *, framework: str) -> Array:
     import torch
 
     return torch.from_numpy(part).view(getattr(torch, entry.dtype)).reshape(entry.shape)
-
-
-class LazyTree(Mapping[str, Array]):
-    """The arrays of a file as a tree; each is read anew when it is asked for, so that one at a time is in memory.
-
-    Args:
-        file: Has them.
-        names: Which of them, and in what order; a framework's array of the same name says of which kind they are.
-    """
-
-    def __init__(self, file: TensorFile, names: Mapping[str, Array]) -> None:
-        self._file = file
-        self._names = names
-
-    def __getitem__(self, name: str) -> Array:
-        return self._file.read(name, like=self._names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def anonymous_file(name: str) -> int:
