@@ -21,6 +21,15 @@ ROLES = ("params", "buffers", "constants", "correction")
 """What the arrays of a task are, by the heads of their names."""
 
 
+_at: list[Task] = []
+"""The task that this process was given last, while there are tasks."""
+
+
+def current_task() -> Task | None:
+    """Returns the task that this process is at; None before the first and after the last."""
+    return _at[0] if _at else None
+
+
 class TaskSource:
     """Gives this rank its tasks.
 
@@ -48,18 +57,19 @@ class TaskSource:
         if self._over:
             return None
         if self._link is None:
-            self._over = self._current is not None
-            self._current = None if self._over else self._local_task()
-            return self._current
-        self._check_replied(self._link)
-        self._current = self._receive(self._link)
-        if self._current is None:
-            self._over = True
-            self._link.leave(early=False)
+            self._current = self._local_task() if self._current is None else None
+        else:
+            self._check_replied(self._link)
+            self._current = self._receive(self._link)
+            if self._current is None:
+                self._link.leave(early=False)
+        self._over = self._current is None
+        _at[:] = [] if self._current is None else [self._current]
         return self._current
 
     def leave(self) -> None:
         """Tells the server that this rank takes no more tasks; without effect once there are none."""
+        _at.clear()
         if self._link is not None and not self._over:
             self._link.leave(early=True)
 

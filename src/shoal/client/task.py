@@ -56,6 +56,11 @@ class Task:
     """Whether this rank has replied."""
 
     @property
+    def alone(self) -> bool:
+        """Whether the script runs by itself, outside of a federation."""
+        return self._link is None
+
+    @property
     def params(self) -> dict[str, Array]:
         """The global model's arrays by the names of the model's state dict, tied weights under each of their names.
 
@@ -196,7 +201,7 @@ class Task:
             os.close(fd)
 
     def _tell_terminal(self, examples: float, metrics: Mapping[str, float]) -> None:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:  # Lightning sets the second only
             told = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
             sys.stdout.write(f"shoal: {self._what()} alone, {examples:g} examples{': ' if told else ''}{told}\n")
 

@@ -363,7 +363,7 @@ class LightningLearner:
         carried: Carried | None = self.__dict__.get("_carried")
         seed = draw_seed(rng)
         samples = ClientSamples(data, self.loaders, seed)
-        means = LoggedMeans(samples)
+        means = LoggedMeans(samples.examples)
         carrier = Carrier(
             means,
             buffers=tuple(broadcast.model.buffers),

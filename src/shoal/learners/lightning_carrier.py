@@ -88,7 +88,7 @@ class Carrier(Callback):
                 )
         torch.manual_seed((self._seed + trainer.global_rank) % 2**63)
         if self._carried is not None:
-            _restore(trainer, self._carried)
+            take_up(trainer, self._carried)
             self._carried = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,7 +100,7 @@ class Carrier(Callback):
         if divides(trainer) and trainer.strategy.model is not None:
             self.arrays = whole_arrays(trainer.strategy.model)
         if self._keep:
-            self._carried = _state(trainer)
+            self._carried = carried_state(trainer)
         if os.getpid() != self._caller and trainer.is_global_zero:
             meta = {"means": self._means.means, "carried": self._carried[1] if self._carried else None}
             save_file(self._carried[0] if self._carried else {}, self._folder / "carried.safetensors")
@@ -121,7 +121,7 @@ class Carrier(Callback):
         return meta["means"], (load_file(self._folder / "carried.safetensors"), meta["carried"])
 
 
-def _state(trainer: Trainer) -> Carried:
+def carried_state(trainer: Trainer) -> Carried:
     """Returns what a further call goes on from."""
     tensors, meta = pack(
         {
@@ -141,7 +141,12 @@ def _state_of(trainer: Trainer, optimizer: Optimizer) -> dict[str, Any]:
     return trainer.strategy.optimizer_state(optimizer)
 
 
-def _restore(trainer: Trainer, carried: Carried) -> None:
+def take_up(trainer: Trainer, carried: Carried) -> None:
+    """Puts what :func:`carried_state` returned into a trainer that is about to train.
+
+    Raises:
+        ConfigurationError: The module configures other optimizers or schedulers than before.
+    """
     tensors, meta = carried
     state = unpack(tensors, meta["state"])
     for kind, now in (("optimizers", trainer.optimizers), ("schedulers", trainer.lr_scheduler_configs)):

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from shoal.learners.lightning_samples import ClientSamples
-
 
 class LoggedMeans(Callback):
     """Averages what ``self.log`` was given, whether per step or per epoch, over a whole call to ``fit``.
 
     Lightning keeps a metric that is logged per step as its last value; here it is the mean over the steps in which it
-    was logged, by the examples of each. One that is logged per epoch is the mean over the epochs.
+    was logged, by the examples of each. One that is logged per epoch is the mean over the epochs. What a validation in
+    the midst of training logs is left out.
 
     Args:
-        samples: Knows the ranks' shares.
+        examples: Says how many examples of a batch are this rank's, from the batch and its index.
     """
 
-    def __init__(self, samples: ClientSamples) -> None:
-        self._samples = samples
+    def __init__(self, examples: Callable[[Any, int], int]) -> None:
+        self._examples_of = examples
         self._last: dict[str, Tensor] = {}
+        self._validated: dict[str, Tensor] = {}
         self._steps: dict[str, tuple[Tensor, int]] = {}
         self._epochs: dict[str, list[float]] = {}
         self._examples = 0
@@ -36,7 +36,7 @@ class LoggedMeans(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Adds what the step logged; it stays on the device."""
-        examples, _ = self._samples.shares[batch_idx]
+        examples = self._examples_of(batch, batch_idx)
         self._examples += examples
         for name, value in trainer.callback_metrics.items():
             if self._is_known(name, value):
@@ -44,6 +44,11 @@ class LoggedMeans(Callback):
             self._last[name] = value
             total, count = self._steps.get(name, (torch.zeros_like(value), 0))
             self._steps[name] = total + value * examples, count + examples
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes what is validation's, which Lightning keeps among the others."""
+        new = {name: value for name, value in trainer.callback_metrics.items() if not self._is_known(name, value)}
+        self._validated |= new
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Closes the epoch before, whose last metrics come after all other hooks."""
@@ -55,9 +60,10 @@ class LoggedMeans(Callback):
         own = {name: float(total) / count for name, (total, count) in self._steps.items() if count}
         own |= {name: sum(values) / len(values) for name, values in self._epochs.items()}
         own = {name: value for name, value in own.items() if not _is_fork(name, own)}
-        self.means = _over_ranks(trainer, own, self._examples)
+        self.means = over_ranks(trainer, own, self._examples)
         self._last.clear()
         self._steps.clear()
+        self._validated.clear()
 
     def _close_epoch(self, trainer: Trainer) -> None:
         for name, value in trainer.callback_metrics.items():
@@ -66,8 +72,9 @@ class LoggedMeans(Callback):
                 self._epochs.setdefault(name, []).append(float(value))
 
     def _is_known(self, name: str, value: Tensor) -> bool:
-        """Tells whether the metric is the one seen last, which Lightning keeps until there is a new one."""
-        return name in self._last and self._last[name].data_ptr() == value.data_ptr()
+        """Tells whether the metric is one seen before, which Lightning keeps until there is a new one."""
+        seen = (self._last.get(name), self._validated.get(name))
+        return any(other is not None and other.data_ptr() == value.data_ptr() for other in seen)
 
 
 def _is_fork(name: str, names: Mapping[str, float]) -> bool:
@@ -75,8 +82,14 @@ def _is_fork(name: str, names: Mapping[str, float]) -> bool:
     return any(name.endswith(suffix) and name.removesuffix(suffix) in names for suffix in ("_step", "_epoch"))
 
 
-def _over_ranks(trainer: Trainer, means: dict[str, float], examples: int) -> dict[str, float]:
-    """Returns the means over the examples of all ranks."""
+def over_ranks(trainer: Trainer, means: dict[str, float], examples: int) -> dict[str, float]:
+    """Returns the means over the examples of all ranks.
+
+    Args:
+        trainer: Joins the ranks, each of which calls this.
+        means: This rank's.
+        examples: Over how many of them.
+    """
     if trainer.world_size == 1:
         return means
     totals: dict[str, float] = {}

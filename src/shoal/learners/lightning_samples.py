@@ -89,6 +89,10 @@ class ClientSamples(LightningDataModule):
             own.append(mine if len(mine) else batch[:1])  # to compute with the others, for nothing
         return loader(self.data, own, self._settings, seed=self._seed + number * ranks + rank)
 
+    def examples(self, batch: Any, index: int) -> int:
+        """Returns how many examples of a batch of the pass are this rank's."""
+        return self.shares[index][0]
+
 
 class EqualExamples(Callback):
     """Lets each example weigh the same where a batch does not divide by the ranks, whose gradients are averaged.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
@@ -85,6 +87,46 @@ def whole_arrays(model: nn.Module) -> dict[str, Tensor]:
     for unit in gathered(model):
         arrays |= {name: array.to("cpu", copy=True) for name, array in unit.items() if array.requires_grad}
     return arrays
+
+
+@contextmanager
+def undivided_after(trainer: Trainer, module: nn.Module | None, *, changes: bool) -> Iterator[None]:
+    """Makes a module what it was before the trainer's strategy divided it in the block: whole, on the CPU, unwrapped.
+
+    Lightning leaves it divided, and cannot divide it once more in the next call. Where the strategy does not divide,
+    nothing is done. Every rank must come to the end.
+
+    Args:
+        trainer: Called in the block with the module.
+        module: The user's own, whose arrays are whole; None if there is none.
+        changes: Whether the block gives the arrays other values; then they are gathered.
+    """
+    if module is None or not divides(trainer):
+        yield
+        return
+    # As the parts themselves have them: torch's iterators leave out what is there under a second name.
+    parts = [(part, dict(part._modules), dict(part._parameters)) for part in module.modules()]  # noqa: SLF001
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    before = {name: parameter.detach().cpu() for name, parameter in module.named_parameters()}
+    dtypes = {name: buffer.dtype for name, buffer in module.named_buffers()}
+    yield
+    wrapped = trainer.strategy.model
+    after = whole_arrays(wrapped) if changes and wrapped is not None else {}
+    whole: dict[str, nn.Parameter] = {}
+    for part, children, parameters in parts:
+        for key, child in children.items():
+            setattr(part, key, child)
+        for key, parameter in parameters.items():
+            if parameter is None:
+                continue
+            name = names[id(parameter)]
+            array = after[name] if name in after and parameter.requires_grad else before[name]
+            setattr(part, key, whole.setdefault(name, nn.Parameter(array, requires_grad=parameter.requires_grad)))
+    for name, buffer in module.named_buffers():
+        buffer.data = buffer.data.to("cpu", dtypes.get(name, buffer.dtype))
+    trainer.strategy.model = module
+    trainer.strategy.optimizers = []
+    gc.collect()  # the wrapped module refers to itself, and still has its part of the device
 
 
 @torch.no_grad()

@@ -66,5 +66,5 @@ def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return value.item()
     raise ConfigurationError(
         f"the optimizer's state has a {type(value).__name__} at {place}, which cannot be carried without pickle: "
-        "leave keep_optimizer out, or use another optimizer or scheduler"
+        "say keep_optimizer=False, or use another optimizer or scheduler"
     )

@@ -274,7 +274,7 @@ def _impatient(strategy: str, accelerator: Any) -> Any:
 
 def _check_launch(trainer: Trainer, strategy: Any) -> None:
     name = strategy if isinstance(strategy, str) else type(trainer.strategy).__name__
-    _check_kind(trainer, name)
+    check_kind(trainer, name)
     launcher, started = trainer.strategy.launcher, _started_elsewhere(trainer)
     if isinstance(launcher, _MultiProcessingLauncher):
         if started:
@@ -306,8 +306,16 @@ def _check_count(trainer: Trainer, place: Launched) -> None:
         )
 
 
-def _check_kind(trainer: Trainer, name: str) -> None:
-    """Refuses strategies whose parameters cannot be gathered."""
+def check_kind(trainer: Trainer, name: str) -> None:
+    """Refuses strategies whose parameters cannot be gathered.
+
+    Args:
+        trainer: Has the strategy.
+        name: What to call it.
+
+    Raises:
+        ConfigurationError: It is one.
+    """
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         if not strategy.kwargs.get("use_orig_params", True):
@@ -316,7 +324,7 @@ def _check_kind(trainer: Trainer, name: str) -> None:
             )
     elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise ConfigurationError(
-            f"strategy {name} divides the parameters among its devices in a way that LightningLearner does not gather: "
+            f"strategy {name} divides the parameters among its devices in a way that is not gathered here: "
             "use strategy='fsdp' or 'ddp'"
         )
 
