@@ -154,7 +154,7 @@ class Patched:
             self._train(task, call, model)
 
     def validate(self, *args: Any, **options: Any) -> Any:
-        """Measures the global model, unless ``fit`` came first or a checkpoint is given; returns Lightning's results."""
+        """Measures the global model, unless ``fit`` came first or a checkpoint is given; returns the results."""
         task, call = current_task(), self._call(Trainer.validate, args, options)
         if task is None or task.replied or call.arguments.get("ckpt_path") is not None:
             return self._run(Trainer.validate, call)

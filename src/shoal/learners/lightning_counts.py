@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DistributedSampler
 
 from shoal.errors import ConfigurationError
