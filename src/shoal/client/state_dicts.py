@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from shoal.errors import ConfigurationError
+from shoal.types import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WRAPPED = ("module.", "_orig_mod.")
 """What ``DistributedDataParallel`` and ``torch.compile`` put before the names of what they wrap."""
@@ -30,5 +34,33 @@ def refuse_parts(arrays: Mapping[str, Any], instead: str) -> None:
         ConfigurationError: There is one.
     """
     for name, array in arrays.items():
-        if type(array).__name__ == "DTensor":
+        if _divided(array):
             raise ConfigurationError(f"{name} is divided among the ranks (FSDP): {instead}")
+
+
+def own_part(parameter: Tensor) -> Tensor:
+    """Returns what of a parameter this rank has: all of it, or its part of one that is divided among the ranks."""
+    part: Tensor = cast("Any", parameter).to_local() if _divided(parameter) else parameter
+    return part
+
+
+def part_as(parameter: Tensor, array: Array) -> Tensor:
+    """Returns what of an array belongs to this rank's part of a parameter, on the parameter's device.
+
+    Args:
+        parameter: May be divided among the ranks.
+        array: Of the whole parameter's shape.
+    """
+    whole: Tensor = array.to(parameter.device)
+    if not _divided(parameter):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    like = cast("DTensor", parameter)
+    # All ranks have the whole array, so each cuts its own part and none is sent.
+    divided: DTensor = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return divided.to_local()
+
+
+def _divided(array: Any) -> bool:
+    return type(array).__name__ == "DTensor"

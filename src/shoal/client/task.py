@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from shoal.client.link import Link
-from shoal.client.state_dicts import plain_names, refuse_parts
+from shoal.client.state_dicts import own_part, part_as, plain_names, refuse_parts
 from shoal.errors import ConfigurationError
 from shoal.processes.tensors import write_tensors
 from shoal.randomness import further_seed, generator
@@ -115,7 +115,8 @@ class Task:
         """Adds the local objective to a loss: ``⟨correction, w⟩ + (proximal / 2)·‖w − w_global‖²``.
 
         Where there is nothing to add, it returns the loss itself. With ``DistributedDataParallel`` each rank adds the
-        same, and the mean over the ranks is that. Scale the loss for fp16 afterwards.
+        same, and the mean over the ranks is that. Where parameters are divided among the ranks (FSDP), a rank adds what
+        is about its own parts. Call it after the forward pass, and scale the loss for fp16 afterwards.
 
         Args:
             loss: The task loss, a scalar.
@@ -129,11 +130,12 @@ class Task:
             if name not in self.model.params:
                 continue
             parameter = own[own_name]
+            part = own_part(parameter)
             if proximal:
-                start = self.model.params[name].to(parameter.device)
-                loss = loss + (proximal / 2) * (parameter - start).pow(2).sum()
+                start = part_as(parameter, self.model.params[name])
+                loss = loss + (proximal / 2) * (part - start).pow(2).sum()
             if correction:
-                loss = loss + (correction[name].to(parameter.device) * parameter).sum()
+                loss = loss + (part_as(parameter, correction[name]) * part).sum()
         return loss
 
     def reply(
@@ -166,12 +168,12 @@ class Task:
         if trained and (params is None) == (delta is None):
             raise ConfigurationError("a reply to a task of kind 'train' has either params=… or delta=…")
         measured = {name: _number(name, value) for name, value in (metrics or {}).items()}
-        self.replied = True
         if self._link is None:
             self._tell_terminal(float(examples), measured)
         elif self._link.rank == 0:
             tree = self._tree(params, delta, buffers) if trained else None
             self._send(self._link, float(examples), measured, tree, "params" if delta is None else "delta")
+        self.replied = True
 
     def _tree(self, params: Params | None, delta: Params | None, buffers: Params | None) -> dict[str, Array]:
         """Returns what of the reply the server needs."""
