@@ -30,3 +30,27 @@ def handlers_of_signals():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Keeps tests together that share what a fixture makes for their whole module, so that it is made once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def _shares(item):
+    """Tells whether a test asks, itself or through its fixtures, for one that lives as long as the module."""
+    definitions = item._fixtureinfo.name2fixturedefs
+    names, seen = list(item._fixtureinfo.argnames), set()
+    while names:
+        name = names.pop()
+        if name in seen or name not in definitions:
+            continue
+        seen.add(name)
+        last = definitions[name][-1]
+        if last.scope == "module":
+            return True
+        names += last.argnames
+    return False

@@ -48,7 +48,7 @@ def trained(engine, model, optimizer, sizes, method, dtype):
     make = MODELS[model] if dtype == torch.float32 else lambda: MODELS[model]().double()
     ours = shoal.TorchLearner(make, loss=F.cross_entropy, optimizer=OPTIMIZERS[optimizer], batch_size=4, epochs=2)
     clients = images(sizes, np.float32 if dtype == torch.float32 else np.float64)
-    return shoal.federate(ours, clients, rounds=3, cohort=4, algorithm=METHODS[method], engine=made(engine)).params
+    return shoal.federate(ours, clients, rounds=2, cohort=4, algorithm=METHODS[method], engine=made(engine)).params
 
 
 REFERENCES: dict[tuple, dict] = {}
