@@ -5,6 +5,7 @@
     ShoalError
     ├── ConfigurationError (ValueError)     what was asked for cannot be; the message says what to type
     │   ├── DataError                       the data themselves are unusable (empty client, NaN, label out of range)
+    │   │   └── MissingDataError            a known data set is not on this machine, and was not to be downloaded
     │   ├── RunFolderError                  the run folder belongs to another configuration or to another process
     │   ├── CannotStackError                a learner's clients cannot train as one program
     │   └── MissingExtraError (ImportError) an optional package is not installed; the message holds the pip command
@@ -36,6 +37,10 @@ class ConfigurationError(ShoalError, ValueError):
 
 class DataError(ConfigurationError):
     """The data are unusable: an empty client, NaN, a label out of range."""
+
+
+class MissingDataError(DataError):
+    """A known data set is not on this machine, and was not to be downloaded."""
 
 
 class RunFolderError(ConfigurationError):

@@ -19,7 +19,7 @@ import pytest
 from shoal.data import cifar10, digits, fashion_mnist
 from shoal.data.catalogue.download import fetch
 from shoal.data.catalogue.fashion_mnist import DEBIAN, FILES, read_idx
-from shoal.errors import ConfigurationError, DataError, MissingExtraError
+from shoal.errors import ConfigurationError, DataError, MissingDataError, MissingExtraError
 
 CONTENT = bytes(range(256)) * 40
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -200,6 +200,19 @@ def test_a_missing_fashion_mnist_file_says_what_to_do(tmp_path, monkeypatch):
         DataError, match=r"train-images-idx3-ubyte.gz cannot be downloaded .* Debian package dataset-fashion"
     ):
         fashion_mnist(data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("load", "file"), [(fashion_mnist, "train-images-idx3-ubyte.gz"), (cifar10, "cifar-10-python.tar.gz")]
+)
+def test_nothing_is_downloaded_against_the_users_will(tmp_path, monkeypatch, load, file):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("it asked the network"))
+    with pytest.raises(MissingDataError, match=f"there is no .*{tmp_path}.*put .* there") as refused:
+        load(data_dir=tmp_path, download=False)
+    assert file in str(refused.value)
+    (write_fashion(tmp_path, zipped=True) if load is fashion_mnist else write_cifar(tmp_path, packed=True))
+    train, _ = load(data_dir=tmp_path, download=False)
+    assert len(train)
 
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="the Debian package dataset-fashion-mnist is not installed")

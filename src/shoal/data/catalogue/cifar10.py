@@ -13,7 +13,7 @@ import numpy as np
 from shoal.data.catalogue.download import data_home, fetch
 from shoal.data.catalogue.unpickling import unpickle
 from shoal.data.dataset import ArrayDataset
-from shoal.errors import DataError
+from shoal.errors import DataError, MissingDataError
 
 ARCHIVE = "cifar-10-python.tar.gz"
 SOURCE = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
@@ -23,25 +23,29 @@ TRAIN = tuple(f"data_batch_{number}" for number in range(1, 6))
 TEST = ("test_batch",)
 
 
-def cifar10(*, data_dir: str | Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
+def cifar10(*, data_dir: str | Path | None = None, download: bool = True) -> tuple[ArrayDataset, ArrayDataset]:
     """Returns CIFAR-10 as training and test data: 50,000 and 10,000 images in 10 classes.
 
     Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009.
 
     Args:
         data_dir: Where ``cifar-10-python.tar.gz``, or its unpacked folder ``cifar-10-batches-py``, lies or is to be
-            put; None for the cache. What is not there is downloaded.
+            put; None for the cache.
+        download: Whether to download it where it is not there.
 
     Returns:
         Inputs uint8 [n, 3, 32, 32], targets int64 [n].
 
     Raises:
         DataError: The archive is not there and cannot be downloaded, or is damaged.
+        MissingDataError: It is not there, and ``download`` is False.
     """
     home = data_home("cifar10") if data_dir is None else Path(data_dir)
     if (home / FOLDER).is_dir():
         read = _folder_reader(home / FOLDER)
     else:
+        if not download and not (home / ARCHIVE).exists():
+            raise MissingDataError(f"there is no CIFAR-10 in {home}: put {ARCHIVE} there, from {SOURCE}")
         read = _archive_reader(fetch(SOURCE, home / ARCHIVE, md5=MD5))
     train, test = (_dataset([_batch(name, read(name)) for name in names]) for names in (TRAIN, TEST))
     return train, test

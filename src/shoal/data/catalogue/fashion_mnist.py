@@ -10,9 +10,10 @@ import numpy as np
 
 from shoal.data.catalogue.download import data_home, fetch
 from shoal.data.dataset import ArrayDataset
-from shoal.errors import DataError
+from shoal.errors import DataError, MissingDataError
 
 SOURCE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+PACKAGE = "dataset-fashion-mnist"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package ``dataset-fashion-mnist`` puts the files."""
 
@@ -28,23 +29,25 @@ MAGIC = {1: 0x0801, 3: 0x0803}
 """How an IDX file of unsigned bytes begins, by its number of dimensions."""
 
 
-def fashion_mnist(*, data_dir: str | Path | None = None) -> tuple[ArrayDataset, ArrayDataset]:
+def fashion_mnist(*, data_dir: str | Path | None = None, download: bool = True) -> tuple[ArrayDataset, ArrayDataset]:
     """Returns Fashion-MNIST as training and test data: 60,000 and 10,000 images in 10 classes.
 
     Xiao et al., *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*, 2017.
 
     Args:
         data_dir: Where the four IDX files lie, gzipped or not; None to look where the Debian package
-            ``dataset-fashion-mnist`` puts them, then in the cache. What is in neither is downloaded.
+            ``dataset-fashion-mnist`` puts them, then in the cache.
+        download: Whether to download what is in neither.
 
     Returns:
         Inputs uint8 [n, 1, 28, 28], targets int64 [n].
 
     Raises:
         DataError: A file is not there and cannot be downloaded, or is damaged.
+        MissingDataError: One is not there, and ``download`` is False.
     """
     folders = [Path(data_dir)] if data_dir is not None else [DEBIAN, data_home("fashion-mnist")]
-    paths = {name: _find(name, folders) for name in FILES}
+    paths = {name: _find(name, folders, download) for name in FILES}
     train, test = (
         ArrayDataset(
             read_idx(paths[f"{part}-images-idx3-ubyte"], dimensions=3)[:, None],
@@ -77,13 +80,15 @@ def read_idx(path: Path, *, dimensions: int) -> np.ndarray:
     return np.frombuffer(raw, dtype=np.uint8, offset=head).reshape(shape).copy()
 
 
-def _find(name: str, folders: list[Path]) -> Path:
+def _find(name: str, folders: list[Path], download: bool) -> Path:
     for folder in folders:
         for path in (folder / f"{name}.gz", folder / name):
             if path.exists():
                 return path
     target = folders[-1] / f"{name}.gz"
+    if not download:
+        raise MissingDataError(f"there is no {target}: put it there, or install the Debian package {PACKAGE}")
     try:
         return fetch(f"{SOURCE}/{target.name}", target, md5=FILES[name])
     except DataError as error:
-        raise DataError(f"{error}, or install the Debian package dataset-fashion-mnist") from error
+        raise DataError(f"{error}, or install the Debian package {PACKAGE}") from error
