@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from shoal.federation.result import FederationResult
 
 
+SLOW = 2.0
+"""Seconds after which a round has a line of its own on a terminal, too, and its time in place of clients per second."""
+
+
 class Progress(Callback):
     """Shows rounds, metrics, clients per second and the time left; plain lines where there is no terminal.
 
@@ -42,14 +46,15 @@ class Progress(Callback):
             self._bars.start()
 
     def on_round_end(self, record: Record) -> None:
-        """Moves the bar, or prints a line."""
+        """Moves the bar; prints a line where there is none, or the round was slow."""
         measured = [f"{name} {record[name]:.4f}" for name in _shown(record)]
         self._told = " · ".join(measured) or self._told
-        speed = f"{record['clients_per_second']:.0f} clients/s"
+        slow = record["seconds"] > SLOW
+        speed = f"{record['seconds']:.1f} s" if slow else f"{record['clients_per_second']:.0f} clients/s"
+        if slow or not self._console.is_terminal:
+            self._print(" · ".join([f"round {record['round']}/{self._total}", *measured, speed]))
         if self._console.is_terminal:
             self._bars.update(self._rounds, completed=record["round"], told=f"{self._told} · {speed}")
-        else:
-            self._print(" · ".join([f"round {record['round']}/{self._total}", *measured, speed]))
 
     def on_run_end(self, result: FederationResult) -> None:
         """Shows the final table."""
@@ -84,7 +89,8 @@ def _final_table(result: FederationResult) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("rounds", f"{len(history)}, {result.stopped}")
     table.add_row(
-        "training", f"{seconds:.1f} s, {clients} clients" + (f", {clients / seconds:.0f}/s" if seconds else "")
+        "training",
+        f"{seconds:.1f} s, {clients} clients" + (f", {clients / seconds:.0f}/s" if 0 < seconds < clients else ""),
     )
     last = history[-1] if history else {}
     for name in _shown(last):

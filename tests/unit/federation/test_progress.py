@@ -46,6 +46,15 @@ def test_a_bar_for_a_person():
     assert "\nround 1/3" not in shown
 
 
+def test_slow_rounds_stay_above_the_bar_with_their_seconds(monkeypatch):
+    monkeypatch.setattr("shoal.federation.progress.SLOW", 0.0)
+    result, shown = run(terminal=True)
+    for number, record in enumerate(result.history, 1):
+        assert f"round {number}/3 · accuracy {record['accuracy']:.4f} · loss {record['loss']:.4f} · " in shown
+    assert "clients/s" not in shown
+    assert f" · {result.history[-1]['seconds']:.1f} s" in shown
+
+
 def test_the_terminal_comes_back_after_an_error():
     def loss(output, target):
         if output.requires_grad:
