@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from shoal.processes.table import marked
 from shoal.sites.address import FOLDER
+from shoal.sites.connection import Connection
 from shoal.sites.hub import Hub
 from shoal.sites.state import SiteState
 
@@ -34,11 +35,17 @@ def finish_sites(hub: Hub, states: Sequence[SiteState], *, within: float) -> lis
         The sites whose scripts failed after that, or did not end in time.
     """
     there = [state for state in states if state.out is None]
+    told: set[Connection] = set()
+
+    def over() -> bool:
+        for rank in [rank for state in there for rank in state.ranks.values() if rank not in told]:
+            rank.post({"end": "done"})
+            told.add(rank)
+        return all(_is_over(state) for state in there)
+
     for state in there:
         state.ended = False
-        for rank in state.ranks.values():
-            rank.post({"end": "done"})
-    _wait(hub, lambda: all(_is_over(state) for state in there), within)
+    _wait(hub, over, within)  # for ranks, too, that are still starting: a resumed run may have no round left
     return [state for state in there if not state.ended]
 
 
