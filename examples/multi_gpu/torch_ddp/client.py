@@ -19,6 +19,8 @@ import shoal.client
 from data import site_images
 from model import Net
 
+Batches = DataLoader[tuple[Tensor, ...]]
+
 
 def main() -> None:
     args = arguments()
@@ -39,8 +41,8 @@ def main() -> None:
         if task.kind == "evaluate":  # the global model, after a round
             task.reply(examples=len(test), metrics=measure(model.module, test_batches, device))
             continue
-        # Momentum begins anew. What is left of it points on from where this site ended, and the round begins at the
-        # average of all sites. A site without a state is also the same after it was restarted, or the run resumed.
+        # Momentum begins anew in each round: what is left of it points on from where this site ended, but the round
+        # begins at the average of all sites. Without a state a site is also the same after a restart or a resume.
         optimizer.state.clear()
         for epoch in range((task.round - 1) * args.local_epochs, task.round * args.local_epochs):
             sampler.set_epoch(epoch)
@@ -52,11 +54,7 @@ def main() -> None:
 
 
 def train_epoch(
-    task: shoal.client.Task,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: DataLoader[tuple[Tensor, ...]],
-    device: torch.device,
+    task: shoal.client.Task, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Batches, device: torch.device
 ) -> float:
     """Trains for one pass; returns the mean loss over all ranks."""
     model.train()
@@ -72,7 +70,7 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def measure(model: nn.Module, batches: DataLoader[tuple[Tensor, ...]], device: torch.device) -> dict[str, float]:
+def measure(model: nn.Module, batches: Batches, device: torch.device) -> dict[str, float]:
     """Returns loss and accuracy over the test images of all ranks."""
     model.eval()
     sums = torch.zeros(3, device=device)
@@ -85,15 +83,16 @@ def measure(model: nn.Module, batches: DataLoader[tuple[Tensor, ...]], device: t
 
 
 def join() -> torch.device:
-    """Meets the other ranks, if a launcher has started several; returns this one's device."""
-    alone = {} if dist.is_torchelastic_launched() else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    if not torch.cuda.is_available():
-        dist.init_process_group("gloo", **alone)
+    """Meets the other ranks, if a launcher has started any; returns this one's device."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if backend == "gloo":
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", **alone)
-    return device
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def say(line: str) -> None:

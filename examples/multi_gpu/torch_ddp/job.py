@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import shoal
+from data import at_hand
 from model import Net
 from shoal.errors import ShoalError
 
@@ -18,8 +19,11 @@ def main() -> None:
     try:
         job = make(args)
         if args.export_config is not None:
-            print(f"shoal federate {job.export(args.export_config)}")
+            job.export(args.export_config)
+            print(f"run it with: shoal federate {args.export_config}")
         else:
+            train, _ = at_hand(args.data_dir)
+            print(f"the images are those of {train.name}", flush=True)
             job.run(run_dir=args.run_dir, resume=args.resume, callbacks=[shoal.Progress()], verbose=args.verbose)
     except (ShoalError, KeyboardInterrupt) as error:
         print(*getattr(error, "__notes__", ()), f"job.py: {error}", sep="\n", file=sys.stderr)
@@ -65,7 +69,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=float, help="learning rate")
     add("--local_epochs", type=int, help="passes over a site's images in a round")
     add("--seed", type=int, default=0, help="decides all randomness (%(default)s)")
-    add("--run_dir", type=Path, default=Path("runs/torch_ddp"), help="where all results go (%(default)s)")
+    add("--run_dir", "--run-dir", type=Path, default=Path("runs/torch_ddp"), help="where all results go (%(default)s)")
     add("--resume", action="store_true", help="go on with the run in --run_dir")
     add("--use_tracking", action="store_true", help="write TensorBoard events to --run_dir")
     add("--export_config", type=Path, nargs="?", const=Path("jobs/torch_ddp"), metavar="FOLDER",
