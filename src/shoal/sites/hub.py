@@ -38,6 +38,7 @@ class Hub:
         self._rounds = rounds
         self._listener = self.address.listen()
         self._strangers: list[Connection] = []
+        self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -64,13 +65,12 @@ class Hub:
         """Ends a connection that matters no more."""
         if not connection.gone:
             self._selector.unregister(connection.stream)
-        connection.close()
+        self._close(connection)
 
     def close(self) -> None:
         """Ends all connections, and takes the address back."""
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                key.data.close()
+        for connection in list(self._connections):  # those that have ended too
+            self._close(connection)
         self._selector.close()
         self._listener.close()
         self.address.remove()
@@ -88,6 +88,7 @@ class Hub:
         if connection.user != os.getuid():
             connection.close()
             return
+        self._connections.add(connection)
         self._strangers.append(connection)
         self._selector.register(stream, selectors.EVENT_READ, connection)
 
@@ -175,7 +176,11 @@ class Hub:
         if stranger in self._strangers:
             self._strangers.remove(stranger)
         self._unregister(stranger)
-        stranger.close()
+        self._close(stranger)
+
+    def _close(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        connection.close()
 
     def _unregister(self, connection: Connection) -> None:
         if not connection.gone:
@@ -184,7 +189,7 @@ class Hub:
             self._selector.unregister(connection.stream)
         if connection in self._strangers:
             self._strangers.remove(connection)
-            connection.close()
+            self._close(connection)
 
 
 def _failure(told: Mapping[str, Any]) -> Failure:
