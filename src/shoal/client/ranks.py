@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,10 @@ MEETING = 60.0
 PATIENCE = datetime.timedelta(hours=24)
 """How long a rank waits for the others within an exchange. The server gives a site up long before, and its launcher
 then ends the ranks."""
+
+
+FIRST = 1.0
+"""Seconds that a rank lives on that has lost another, so that the launcher sees the end of that one first."""
 
 
 class RankGroup:
@@ -83,5 +88,6 @@ class RankGroup:
         try:
             self._group.broadcast(self._torch.from_numpy(memory), 0).wait()
         except RuntimeError as error:
+            time.sleep(FIRST)
             first = str(error).splitlines()[0]
             raise WorkerError(f"another rank is gone: {first}") from error

@@ -18,7 +18,7 @@ from shoal.processes.memory import give_large_memory_back
 from shoal.sites.allotment import Allotment
 from shoal.sites.hub import Hub
 from shoal.sites.log import SiteLog
-from shoal.sites.process import Starter
+from shoal.sites.process import Launcher, Starter
 from shoal.sites.shutdown import finish_sites, stop_sites
 from shoal.sites.spec import Site
 from shoal.sites.state import ON_ITS_WAY, Deadlines, Failure, Reply, SiteState
@@ -76,6 +76,7 @@ class SitesEngine:
         self._hub: Hub | None = None
         self._states: dict[str, SiteState] = {}
         self._logs: dict[str, SiteLog] = {}
+        self._launchers: list[Launcher] = []
         self._number = 0
         self._round = 0
 
@@ -90,11 +91,11 @@ class SitesEngine:
         self._states = {site.name: SiteState(site=site) for site in self.sites}
         self._hub = hub = Hub(self._states)
         try:
-            started = [self.starter(hub.address, site, env) for site, env in zip(self.sites, environments, strict=True)]
-            for site, launcher in zip(self.sites, started, strict=True):
+            for site, env in zip(self.sites, environments, strict=True):
+                self._launchers.append(self.starter(hub.address, site, env))
+            for site, launcher in zip(self.sites, self._launchers, strict=True):
                 log = self._logs[site.name] = SiteLog(site.name, all_shown=self.verbose)
                 log.follow(launcher.output)
-                launcher.reap()
             self._launch_all(hub)
         except BaseException:
             self.close()
@@ -120,9 +121,11 @@ class SitesEngine:
             return
         hub, self._hub = self._hub, None
         try:
-            stop_sites(hub, list(self._states.values()))
+            stop_sites(hub, list(self._states.values()), [launcher.pid for launcher in self._launchers])
         finally:
             hub.close()
+            while self._launchers:
+                self._launchers.pop().reap()
             for log in self._logs.values():
                 log.close(within=2.0)
 
@@ -171,7 +174,7 @@ class SitesEngine:
         replies = 0
         try:
             for client in [client for client, state in waiting.items() if state.out is not None]:
-                yield client, None, ClientError(waiting.pop(client).out or "")
+                yield client, None, waiting.pop(client).out
             while waiting:
                 self._hand_out(work, waiting)
                 hub.poll(LOOK)
@@ -237,7 +240,7 @@ class SitesEngine:
     def _deal_with(self, state: SiteState, trouble: Failure) -> SiteError | None:
         """Does what the policy says about a site in trouble; returns the reason if it is left out."""
         if trouble.silent:
-            trouble = replace(trouble, what=f"{trouble.what}; {self._whereabouts(state)}")
+            trouble = replace(trouble, what="; ".join(filter(None, (trouble.what, self._whereabouts(state)))))
         error = self._error(state, trouble)
         for connection in state.ranks.values():
             connection.kill()
@@ -252,7 +255,7 @@ class SitesEngine:
             raise error
         if left < self.policy.min_sites:
             raise SiteError(f"{error}; {left} sites are left, and min_sites={self.policy.min_sites}") from error
-        state.out = str(error)
+        state.out = error
         self._dismiss(state)
         return error
 

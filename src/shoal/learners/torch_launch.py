@@ -85,7 +85,12 @@ class RanksFailedError(WorkerError):
 
 
 def launch_ranks(
-    body: Sequence[str] | Callable[[], None], *, processes: int, nodes: Nodes | None = None, all_heard: bool = False
+    body: Sequence[str] | Callable[[], None],
+    *,
+    processes: int,
+    nodes: Nodes | None = None,
+    all_heard: bool = False,
+    within: Path | None = None,
 ) -> None:
     """Runs a command, or a function, in several ranks, and waits until all of them have ended.
 
@@ -97,6 +102,8 @@ def launch_ranks(
         processes: How many ranks on this machine.
         nodes: The machines, if there are several.
         all_heard: Whether to show all that any rank writes, to either stream, each line headed by its rank.
+        within: A folder that will be removed even if this process is killed, for what the ranks write; None for the
+            system's.
 
     Raises:
         RanksFailedError: A rank failed.
@@ -107,7 +114,7 @@ def launch_ranks(
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    with tempfile.TemporaryDirectory(prefix="shoal-ranks-") as logs, _quiet(), _threads(processes):
+    with tempfile.TemporaryDirectory(prefix="shoal-ranks-", dir=within) as logs, _quiet(), _threads(processes):
         try:
             config = _config(processes, nodes, Path(logs), all_heard=all_heard)
             if callable(body):

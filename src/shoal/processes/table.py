@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,5 +64,23 @@ def marked(variable: str, value: str) -> list[int]:
             continue
         with contextlib.suppress(OSError):  # it is gone, or another user's
             if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+    return found
+
+
+def in_sessions(sessions: Collection[int]) -> list[int]:
+    """Returns the processes that belong to some sessions and have not ended.
+
+    Args:
+        sessions: The numbers of the processes that began them, whose ends nobody has yet waited for: or the numbers
+            might be others' by now.
+    """
+    found = []
+    for entry in PROCESSES.iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):  # it is gone
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) in sessions and fields[0] not in "ZX":
                 found.append(int(entry.name))
     return found

@@ -238,6 +238,8 @@ def view(data: np.ndarray, entry: Entry, *, framework: str) -> Array:
         return part.view(entry.dtype).reshape(entry.shape)
     import torch
 
+    if not len(part):  # torch takes no other dtype for no bytes
+        return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
     return torch.from_numpy(part).view(getattr(torch, entry.dtype)).reshape(entry.shape)
 
 

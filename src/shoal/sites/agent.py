@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from shoal.errors import ShoalError
 from shoal.processes.messages import Message, receive, send
 from shoal.sites.address import ATTEMPT, FOLDER, NAME, Address
 
@@ -36,7 +35,7 @@ def attend(address: Address, site: str, body: Sequence[str] | Callable[[], None]
         send(server, {"key": address.key, "site": site, "attempt": 0})
         while (attempt := orders.next_launch()) is not None:
             os.environ[ATTEMPT] = str(attempt)
-            told = _launch(body, ranks, orders)
+            told = _launch(body, ranks, orders, address)
             with contextlib.suppress(OSError):  # the server is gone
                 send(server, told | {"attempt": attempt})
 
@@ -51,8 +50,8 @@ class _Orders:
     def __init__(self, server: socket.socket) -> None:
         self._server = server
         self._launches: queue.Queue[int | None] = queue.Queue()
-        self._running = threading.Event()
-        self._stopped = threading.Event()
+        self._running = False
+        self._lock = threading.Lock()  # so that no signal comes once the ranks have ended
         threading.Thread(target=self._listen, name="shoal-orders", daemon=True).start()
 
     def next_launch(self) -> int | None:
@@ -61,22 +60,29 @@ class _Orders:
 
     @contextlib.contextmanager
     def running(self) -> Any:
-        """The context in which ranks run: it is interrupted by SIGTERM when they are to stop."""
-        self._running.set()
+        """The context in which ranks run: it is interrupted by SIGTERM when they are to stop, or to start anew."""
+        with self._lock:
+            self._running = True
         try:
             yield
         finally:
-            self._running.clear()
+            with self._lock:
+                self._running = False
 
     def _listen(self) -> None:
         while (order := self._hear()) is not None:
             if "launch" in order:
                 self._launches.put(int(order["launch"]))
+                self._interrupt()  # the server has given up those that run
             elif "stop" in order:
                 break
         self._launches.put(None)
-        if self._running.is_set():
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        with self._lock:
+            if self._running:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def _hear(self) -> Message | None:
         try:
@@ -86,18 +92,18 @@ class _Orders:
         return received[0] if received else None
 
 
-def _launch(body: Sequence[str] | Callable[[], None], ranks: int, orders: _Orders) -> dict[str, Any]:
+def _launch(body: Sequence[str] | Callable[[], None], ranks: int, orders: _Orders, address: Address) -> dict[str, Any]:
     """Runs the ranks to their end; returns what to tell of it."""
     from shoal.learners.torch_launch import RanksFailedError, launch_ranks
 
     try:
         with orders.running():
-            launch_ranks(body, processes=ranks, all_heard=True)
+            launch_ranks(body, processes=ranks, all_heard=True, within=address.folder)
     except RanksFailedError as error:
         failure = error.failure
         told = {"rank": failure.rank, "what": str(failure), "by_others": failure.by_others}
         return {"failed": told | {"lines": [line[:200] for line in failure.lines]}}
-    except (ShoalError, KeyboardInterrupt, OSError) as error:
+    except (Exception, KeyboardInterrupt) as error:
         return {"failed": {"what": f"its ranks could not be run: {type(error).__name__}: {error}"[:2000]}}
     return {"ended": True}
 

@@ -30,15 +30,18 @@ class Allotment:
         """
         present = _cuda_devices() if any(self._wants_cuda(site) for site in sites) else []
         taken: dict[str, str] = {}
+        own: dict[str, list[str]] = {}
+        for site in sorted(sites, key=lambda site: site.spread.ids is None):  # those that say which ones come first
+            if self._wants_cuda(site) and (present or self._of(site) == "cuda"):
+                own[site.name] = self._devices(site, present, taken)
         found = []
         threads = str(cores_each(sum(site.ranks for site in sites)))
         for site in sites:
             env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
             if not self._wants_cuda(site):
                 env[VISIBLE] = ""
-            elif present or self._of(site) == "cuda":
-                own = self._devices(site, present, taken)
-                env[VISIBLE] = ",".join(own)
+            elif site.name in own:
+                env[VISIBLE] = ",".join(own[site.name])
             found.append(env)
         return found
 

@@ -36,6 +36,7 @@ class Hub:
         self._states = states
         self._listener = self.address.listen()
         self._strangers: list[Connection] = []
+        self._connections: set[Connection] = set()
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
 
@@ -62,13 +63,12 @@ class Hub:
         """Ends a connection that matters no more."""
         if not connection.gone:
             self._selector.unregister(connection.stream)
-        connection.close()
+        self._close(connection)
 
     def close(self) -> None:
         """Ends all connections, and takes the address back."""
-        for key in list(self._selector.get_map().values()):
-            if key.data is not None:
-                key.data.close()
+        for connection in list(self._connections):  # those that have ended too
+            self._close(connection)
         self._selector.close()
         self._listener.close()
         self.address.remove()
@@ -86,6 +86,7 @@ class Hub:
         if connection.user != os.getuid():
             connection.close()
             return
+        self._connections.add(connection)
         self._strangers.append(connection)
         self._selector.register(stream, selectors.EVENT_READ, connection)
 
@@ -172,7 +173,11 @@ class Hub:
         if stranger in self._strangers:
             self._strangers.remove(stranger)
         self._unregister(stranger)
-        stranger.close()
+        self._close(stranger)
+
+    def _close(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        connection.close()
 
     def _unregister(self, connection: Connection) -> None:
         if not connection.gone:
@@ -181,7 +186,7 @@ class Hub:
             self._selector.unregister(connection.stream)
         if connection in self._strangers:
             self._strangers.remove(connection)
-            connection.close()
+            self._close(connection)
 
 
 def _failure(told: Mapping[str, Any]) -> Failure:

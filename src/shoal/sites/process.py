@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from shoal.sites.spec import Site
 class Launcher:
     """A site's launcher that was started."""
 
+    pid: int
+    """Its process, which has begun a session of its own."""
     output: IO[bytes]
     """What it and its ranks write."""
     wait: Callable[[], object]
@@ -74,7 +77,7 @@ def start_script(script: str, args: Sequence[str]) -> Starter:
             )
         except OSError as error:
             raise ConfigurationError(f"{site.name} cannot be started: {' '.join(command[:3])}: {error}") from error
-        return Launcher(cast("IO[bytes]", process.stdout), process.wait)
+        return Launcher(process.pid, cast("IO[bytes]", process.stdout), process.wait)
 
     return start
 
@@ -94,7 +97,12 @@ def start_forked(body: Callable[[Site], None]) -> Starter:
             os.dup2(into, 1)
             os.dup2(into, 2)
             os.environ.update({**env, **site.env})
-            attend(address, site.name, lambda: body(site), site.ranks)
+            attend(address, site.name, rank, site.ranks)
+
+        def rank() -> None:
+            # The elastic launcher's own handler waits for Python's turn, which a rank that waits in C does not give.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            body(site)
 
         try:
             pid = fork(launcher)
@@ -102,7 +110,7 @@ def start_forked(body: Callable[[Site], None]) -> Starter:
             raise EngineError(f"{site.name} cannot be started: {error}") from error
         finally:
             os.close(into)
-        return Launcher(os.fdopen(out, "rb"), partial(_reap, pid))
+        return Launcher(pid, os.fdopen(out, "rb"), partial(_reap, pid))
 
     return start
 

@@ -6,9 +6,9 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from shoal.processes.table import marked
+from shoal.processes.table import in_sessions, marked
 from shoal.sites.address import FOLDER
 from shoal.sites.connection import Connection
 from shoal.sites.hub import Hub
@@ -49,14 +49,20 @@ def finish_sites(hub: Hub, states: Sequence[SiteState], *, within: float) -> lis
     return [state for state in there if not state.ended]
 
 
-def stop_sites(hub: Hub, states: Sequence[SiteState]) -> None:
-    """Ends all processes that belong to the sites, whatever they are at, and returns when there are none."""
+def stop_sites(hub: Hub, states: Sequence[SiteState], launchers: Collection[int]) -> None:
+    """Ends all processes that belong to the sites, whatever they are at, and returns when there are none.
+
+    Args:
+        hub: Where they are connected.
+        states: All sites.
+        launchers: The processes of the sites' launchers, whose ends nobody has yet waited for.
+    """
     for state in states:
         if state.agent is not None:
             state.agent.post({"stop": True})
-    _wait(hub, lambda: not _left(hub), REQUEST)
+    _wait(hub, lambda: not _left(hub, launchers), REQUEST)
     until = time.monotonic() + FORCE
-    while (left := _left(hub)) and time.monotonic() < until:
+    while (left := _left(hub, launchers)) and time.monotonic() < until:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -67,9 +73,10 @@ def _is_over(state: SiteState) -> bool:
     return state.ended or state.failure is not None or state.agent is None or state.agent.gone
 
 
-def _left(hub: Hub) -> list[int]:
+def _left(hub: Hub, launchers: Collection[int]) -> list[int]:
     """Returns the processes that were started for the sites, and whatever those have started."""
-    return marked(FOLDER, str(hub.address.folder))
+    # A program has the mark in its environment; what is forked has not, but stays in its launcher's session.
+    return [*marked(FOLDER, str(hub.address.folder)), *in_sessions(launchers)]
 
 
 def _wait(hub: Hub, over: Callable[[], bool], seconds: float) -> None:

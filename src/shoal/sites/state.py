@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from shoal.errors import SiteError
 from shoal.processes.table import Standing, standing
 from shoal.processes.tensors import TensorFile
 from shoal.sites.connection import LEFT, Connection
@@ -93,7 +94,7 @@ class SiteState:
     """What its launcher, or a rank, says is wrong."""
     ended: bool = False
     """Whether its launcher says that all ranks have ended, as they should once the federation is over."""
-    out: str | None = None
+    out: SiteError | None = None
     """Why it takes no part any more; None while it does."""
     _looks: dict[int, tuple[float, Standing]] = field(default_factory=dict)
 
