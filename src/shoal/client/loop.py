@@ -142,7 +142,8 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
             task.reply(params=net.state_dict(), examples=len(data), metrics={"loss": loss})
 
     The ranks get each task together, and the end too; only rank 0 talks to the server. A script that is started by
-    hand, with ``python`` or ``torchrun``, gets one task to train and then the end.
+    hand, with ``python`` or ``torchrun``, gets one task to train and then the end; ``task.config`` is then the JSON in
+    the environment variable ``SHOAL_CONFIG``.
 
     Args:
         model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then.
