@@ -12,7 +12,10 @@ import shoal
 from shoal.errors import ConfigurationError
 from support import Mlp, population
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 
 two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer than two CUDA devices")
 
@@ -47,8 +50,9 @@ def ended(tmp_path, count, sites, **settings):
     script = tmp_path / "client.py"
     script.write_text(SCRIPT)
     places = [shoal.Site(f"site-{number}", devices=count) for number in range(sites)]
+    net = partial(torch.nn.Linear, 3, 2)
     return shoal.Job(
-        "cuda", script=script, model=partial(torch.nn.Linear, 3, 2), sites=places, rounds=3, accelerator="cuda", **settings
+        "cuda", script=script, model=net, sites=places, rounds=3, accelerator="cuda", **settings
     ).run()  # fmt: skip
 
 
