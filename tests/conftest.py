@@ -13,7 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Modules beside the tests whose assertions are to be told in full.
-pytest.register_assert_rewrite("launches", "pictures")
+pytest.register_assert_rewrite("launches", "pictures", "site_jobs")
 
 # The machine's speed is no property of the code.
 settings.register_profile("shoal", deadline=None)

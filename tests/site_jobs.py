@@ -34,7 +34,6 @@ def start_quickly(script, args):
 
     def body(site):
         sys.argv = [script, *args, *site.args]
-        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit:
@@ -96,7 +95,7 @@ class Jobs:
         """Returns what is there yet of all jobs: processes, folders and temporary files."""
         marks = [pid for folder in self.folders for pid in marked(FOLDER, str(folder))]
         own = [pid for pid in self.processes() if alive(pid) and pid != os.getpid()]
-        return marks + own + [str(path) for path in (*self.folders, *self.temporary.iterdir()) if path.exists()]
+        return marks + own + [str(path) for path in (*self.folders, *self.temporary.glob("shoal-*")) if path.exists()]
 
     @contextlib.contextmanager
     def watched(self, monkeypatch, *, quick):

@@ -61,7 +61,7 @@ def act(does, task):
             task.reply(params={"v": weights}, examples=1)
             return True
         case "slow":
-            time.sleep(3)
+            time.sleep(5)
     return None
 
 

@@ -70,17 +70,19 @@ def prepare(experiment: Experiment) -> Plan:
     """
     population = _population(experiment.clients)
     population.check()
+    # Sites are processes that start when their engine is opened: what can be refused before is.
+    made = _made(experiment, population) if isinstance(experiment.engine, SitesEngine) else None
     engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
-        return _prepare(experiment, population, engine, choice)
+        return _prepare(experiment, population, engine, choice, *(made or _made(experiment, population)))
     except BaseException:
         engine.close()
         raise
 
 
-def _prepare(experiment: Experiment, population: Population, engine: Engine, choice: str) -> Plan:
-    cohort = len(population) if experiment.cohort is None else experiment.cohort
-    sample_cohort(len(population), cohort, seed=experiment.seed, round=1)
+def _made(experiment: Experiment, population: Population) -> tuple[Dataset | None, ModelState]:
+    """Returns the held-out data and the model before training, checked against each other and the population."""
+    sample_cohort(len(population), _cohort(experiment, population), seed=experiment.seed, round=1)
     held_out = None if experiment.evaluate is None else as_dataset(experiment.evaluate)
     if held_out is not None:
         held_out.check()
@@ -88,6 +90,21 @@ def _prepare(experiment: Experiment, population: Population, engine: Engine, cho
     experiment.learner.check(population.dataset)
     if held_out is not None:
         experiment.learner.check(held_out)
+    return held_out, model
+
+
+def _cohort(experiment: Experiment, population: Population) -> int:
+    return len(population) if experiment.cohort is None else experiment.cohort
+
+
+def _prepare(
+    experiment: Experiment,
+    population: Population,
+    engine: Engine,
+    choice: str,
+    held_out: Dataset | None,
+    model: ModelState,
+) -> Plan:
     shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
     panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
     sites = engine if isinstance(engine, SitesEngine) else None
@@ -100,7 +117,7 @@ def _prepare(experiment: Experiment, population: Population, engine: Engine, cho
         engine=engine,
         engine_choice=choice,
         shards=shards,
-        cohort=cohort,
+        cohort=_cohort(experiment, population),
         evaluator=evaluator,
         first=[experiment.algorithm.start(model)],
         identity=experiment.identity(population, held_out) | {"model": _signature(model)},

@@ -68,7 +68,10 @@ def receive(end: socket.socket) -> tuple[Message, int | None] | None:
 def _decoded(data: bytes, *, cut: bool) -> Message:
     if cut:
         raise ValueError(f"a message is longer than {LIMIT} bytes, or too many files are open to receive its own")
-    message = json.loads(data)
+    try:
+        message = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("a message is nested too deeply") from error
     if type(message) is not dict:
         raise ValueError(f"a message must be a JSON object, not {message!r:.40}")
     return message

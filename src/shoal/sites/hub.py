@@ -112,20 +112,24 @@ class Hub:
         if not known or state is None or int(hello["attempt"]) != state.attempt:
             self._drop(connection)
             return
+        rank = None if hello.get("rank") is None else int(hello["rank"])
+        if rank in state.ranks or (rank is None and state.agent is not None):  # a child of a rank's, such as a loader
+            self._drop(connection)
+            return
         self._strangers.remove(connection)
         connection.site = state.site.name
-        rank = hello.get("rank")
         if rank is None:
             state.agent = connection
             return
-        if int(rank) in state.ranks or not 0 <= int(rank) < state.site.ranks or hello["ranks"] != state.site.ranks:
+        if not 0 <= rank < state.site.ranks or hello["ranks"] != state.site.ranks:
             state.failure = Failure(
                 what=f"a process came as rank {rank} of {hello['ranks']}, of which {state.site.ranks} are known: "
                 "let the site's launcher start the ranks"
             )
             return
-        state.ranks[int(rank)] = connection
-        connection.post({"welcome": {"config": dict(state.site.config)}})
+        state.ranks[rank] = connection
+        welcome = {"rounds": self._rounds, "config": dict(state.site.config)}
+        connection.post({"welcome": welcome})
 
     def _take(self, state: SiteState, connection: Connection, message: Message, fd: int | None) -> None:
         if "reply" in message:

@@ -96,6 +96,8 @@ def start_forked(body: Callable[[Site], None]) -> Starter:
             os.setsid()
             os.dup2(into, 1)
             os.dup2(into, 2)
+            # A notebook, or whatever else has put its own in their place, shall not have what the ranks write.
+            sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
             os.environ.update({**env, **site.env})
             attend(address, site.name, rank, site.ranks)
 
