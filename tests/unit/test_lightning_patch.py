@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 import warnings
 
 import numpy as np
@@ -22,7 +24,7 @@ from lightning_modules import Classifier, Scheduled
 from shoal.client import loop
 from shoal.client.task import Task
 from shoal.devices import Launched
-from shoal.errors import ConfigurationError
+from shoal.errors import ConfigurationError, MissingExtraError
 from shoal.learners.lightning_counts import Examples
 from shoal.processes.tensors import TensorFile
 from shoal.types import Broadcast, LocalObjective
@@ -320,6 +322,28 @@ def test_a_script_by_itself_trains_as_without_shoal(tmp_path, capsys, tasks):
     ]
     assert names[0] == names[1]
     assert "the task to train in round 1 alone, 11 examples: loss" in capsys.readouterr().out
+    assert loop.current_task() is None
+
+
+def test_without_lightning_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    spec = importlib.util.find_spec("shoal.lightning")
+    with pytest.raises(MissingExtraError, match=r"pip install 'shoal\[lightning\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+def test_the_imperative_form_tells_the_trainer_its_task(tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.client.imperative._source", [])
+    monkeypatch.setattr("shoal.client.imperative._current", [])
+    trainer, module = trainer_in(tmp_path), Classifier()
+    shoal.lightning.patch(trainer)
+    shoal.client.init(learner().init(3).params)
+    while shoal.client.is_running():
+        task = shoal.client.receive()
+        trainer.validate(module, loader(), verbose=False)
+        assert not differ(dict(module.state_dict()), task.params)
+        trainer.fit(module, loader())
+        assert task.replied
     assert loop.current_task() is None
 
 
