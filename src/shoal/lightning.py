@@ -191,7 +191,8 @@ class Patched:
                 task.round,
             )
             call.arguments["ckpt_path"] = None
-            call.arguments["model"] = call.arguments.get("model") or self._trainer.lightning_module
+            if call.arguments.get("model") is None:
+                call.arguments["model"] = self._trainer.lightning_module
         return self._run(method, call)
 
     def _train(self, task: Task, call: inspect.BoundArguments, model: Any) -> None:
