@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
     add("--lr", type=float, help="learning rate")
     add("--local_epochs", type=int, help="passes over a site's images in a round")
     add("--seed", type=int, default=0, help="decides all randomness (%(default)s)")
-    add("--run_dir", "--run-dir", type=Path, default=Path("runs/torch_ddp"), help="where all results go (%(default)s)")
+    add("--run_dir", "--run-dir", type=Path, default=Path("runs/torch_ddp"), help="for all results (%(default)s)")
     add("--resume", action="store_true", help="go on with the run in --run_dir")
     add("--use_tracking", action="store_true", help="write TensorBoard events to --run_dir")
     add("--export_config", type=Path, nargs="?", const=Path("jobs/torch_ddp"), metavar="FOLDER",

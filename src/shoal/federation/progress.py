@@ -78,8 +78,9 @@ class Progress(Callback):
 
 def _shown(record: Record) -> list[str]:
     """Returns the names of the metrics worth a place in one line: the global model's, else the clients' own."""
-    usual = [name for name in ("accuracy", "loss", "client_accuracy", "client_loss") if name in record]
-    return usual[:2] or [name for name in ("train_loss",) if name in record]
+    pairs = (("accuracy", "client_accuracy"), ("loss", "client_loss"))
+    usual = [next(name for name in pair if name in record) for pair in pairs if not record.keys().isdisjoint(pair)]
+    return usual or [name for name in ("train_loss",) if name in record]
 
 
 def _final_table(result: FederationResult) -> Table:
