@@ -5,7 +5,7 @@
     import shoal.client
 
     for task in shoal.client.tasks():          # ends on all ranks together; rank 0 alone talks to the server
-        net.load_state_dict(task.params)
+        task.load(net)
         ...                                    # DDP, FSDP, anything
         task.reply(params=net.state_dict(), examples=n, metrics={"loss": loss})
 """

@@ -137,7 +137,7 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
     Example::
 
         for task in shoal.client.tasks():
-            net.load_state_dict(task.params)
+            task.load(net)
             ...  # DDP, FSDP, anything
             task.reply(params=net.state_dict(), examples=len(data), metrics={"loss": loss})
 
@@ -146,9 +146,10 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
     the environment variable ``SHOAL_CONFIG``.
 
     Args:
-        model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then.
+        model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then. A
+            script that only calls ``task.load(net)`` needs none. In a federation it is not used.
         evaluate: Whether the script does tasks of kind ``evaluate`` too, in which it measures the global model after
-            each round.
+            the rounds that the job measures. They choose the best model; a script started by hand gets none.
 
     Raises:
         ConfigurationError: A task was not replied to.

@@ -35,7 +35,7 @@ class Task:
     round: int
     """The number of the round, counted from 1; of an ``evaluate`` task the round whose model it is."""
     rounds: int
-    """How many rounds there will be."""
+    """How many rounds there will be, unless the federation stops early."""
     site: str
     """This site's name; ``local`` outside of a federation."""
     objective: LocalObjective = field(default_factory=LocalObjective)
@@ -63,6 +63,8 @@ class Task:
     @property
     def params(self) -> dict[str, Array]:
         """The global model's arrays by the names of the model's state dict, tied weights under each of their names.
+
+        They are this rank's own, on the CPU: torch tensors, or numpy arrays where the job's model has such.
 
         Raises:
             ConfigurationError: The script runs by itself, and gave no model to start from.
@@ -150,10 +152,12 @@ class Task:
         """Answers the task, once. Ranks other than 0 may call it too, and nothing happens.
 
         Args:
-            params: The model after training: all of its state dict, also that of a ``DistributedDataParallel``.
+            params: The model after training, on any device: all of its state dict, also that of a
+                ``DistributedDataParallel``. With FSDP the whole arrays, gathered by all ranks; rank 0 alone needs them.
             delta: In place of ``params``: what training has changed in the trained parameters.
-            examples: Number of examples trained on, or measured on, > 0: the site's weight in means.
-            metrics: Means over them.
+            examples: Number of examples trained on, or measured on, > 0, of all ranks: the site's weight in means.
+            metrics: Means over them, of which rank 0's count. Those of a task to train are about the training, and
+                become the round's ``train_…``; those of a task to evaluate are about the global model.
             buffers: Beside ``delta``: what it has changed in floating-point buffers.
 
         Raises:

@@ -44,7 +44,7 @@ class SitePolicy:
     max_restarts: int = 1
     """How often one site is started again; one more failure stops the run."""
     min_sites: int = 1
-    """With how many replies a round may go on, where sites are slow or have left."""
+    """With how many replies a round may go on, where sites are late or have left."""
     deadline: float | None = None
     """Seconds after which a round goes on without the sites that have not replied; None to wait for all."""
     waits: Deadlines = field(default_factory=Deadlines)
@@ -53,7 +53,7 @@ class SitePolicy:
 
 @dataclass
 class SitesEngine:
-    """Runs each client as a site of its own on this machine, for the whole run.
+    """Runs each client as a site of its own on this machine, for the whole run; :class:`shoal.Job` makes it.
 
     Args:
         sites: One for each client, in their order.

@@ -59,15 +59,16 @@ class Job:
     rounds: int
     """Number of rounds, ≥ 1."""
     min_sites: int | None = None
-    """With how many replies a round may go on, where sites are late or have failed; None for all."""
+    """With how many replies a round may go on, where sites are late or have failed; None for all, with which neither
+    ``deadline`` nor ``on_failure="continue"`` can let a site be left out."""
     deadline: float | None = None
     """Seconds after which a round goes on without the sites that have not replied, if ``min_sites`` have; None to wait
-    for all."""
+    for all. What is late is thrown away, and the site takes part again when it is done."""
     on_failure: OnFailure = "stop"
-    """When a site fails: ``stop`` the run; ``continue`` without the site while there are ``min_sites``; or ``restart``
-    it, from the current global model."""
+    """When a site fails: ``stop`` the run; ``continue`` without the site to the end, while there are ``min_sites``; or
+    ``restart`` it, from the current global model."""
     max_restarts: int = 1
-    """How often one site is started again; one more failure stops the run."""
+    """With ``restart``: how often one site is started again; one more failure stops the run."""
     waits: Deadlines = field(default_factory=Deadlines)
     """How long the server waits for starts, replies and signs of life before a site counts as failed."""
     accelerator: Accelerator = "auto"

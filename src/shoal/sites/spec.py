@@ -34,18 +34,18 @@ class Site:
     """What messages call it, and its files; letters, digits, dots, dashes and underscores."""
     _: KW_ONLY
     devices: int | Sequence[int] | Devices = 1
-    """How many devices it has, a process for each; or the indices of its CUDA devices; or all that
-    :class:`~shoal.Devices` can say."""
+    """How many devices it has, a process (rank) for each: CUDA devices where there are any, else CPU processes; or the
+    indices of its CUDA devices; or all that :class:`~shoal.Devices` can say."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """The site's own settings, as JSON: its script finds them in ``task.config``."""
     args: Sequence[str] = ()
-    """Arguments of the script, after those that all sites have."""
+    """Arguments of the script, after those that all sites have: what it needs before its first task."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables of its processes, beside those of this one."""
+    """Environment variables of its processes, beside those of this one; they win over shoal's choice of devices."""
     python: str | None = None
     """The interpreter that runs the script; None for this one. It must have shoal."""
     command: Sequence[str] = ()
-    """What to put before the interpreter, such as ``["nice", "-n", "5"]``."""
+    """What to put before the interpreter that launches the ranks, such as ``["nice", "-n", "5"]``."""
     data: Any = None
     """The site's examples (arrays, a torch data set), where a learner trains rather than a script."""
     evaluate: Any = None

@@ -31,7 +31,7 @@ class Deadlines:
     start: float = 300.0
     """For all ranks of a site to start and to ask for a first task."""
     reply: float = 3600.0
-    """For the reply to a task."""
+    """For the reply to a task: more than the longest round takes."""
     silence: float = 8.0
     """For a sign of life of a rank, of which one comes every second."""
     finish: float = 60.0
