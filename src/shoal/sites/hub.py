@@ -128,8 +128,7 @@ class Hub:
             )
             return
         state.ranks[rank] = connection
-        welcome = {"rounds": self._rounds, "config": dict(state.site.config)}
-        connection.post({"welcome": welcome})
+        connection.post({"welcome": {"config": dict(state.site.config)}})
 
     def _take(self, state: SiteState, connection: Connection, message: Message, fd: int | None) -> None:
         if "reply" in message:
