@@ -44,6 +44,13 @@ class SavedCpuFsdp(CpuFsdp):
         return whole_arrays(self.model)
 
 
+STRATEGIES = {
+    "ddp": lambda: "ddp",
+    "fsdp": SavedCpuFsdp,
+    "fsdp in units": lambda: SavedCpuFsdp(auto_wrap_policy={torch.nn.Linear}),
+}
+
+
 class Data(LightningDataModule):
     """A site's examples, all of a rank's in one batch."""
 
@@ -78,14 +85,14 @@ def main():
     """Runs the loop of the seed, and tells of each turn in a file."""
     torch.set_num_threads(1)
     asked = json.loads(sys.argv[1])
-    folder, fsdp = Path(asked["folder"]), asked["strategy"] == "fsdp"
+    folder, strategy = Path(asked["folder"]), STRATEGIES[sys.argv[2]]()
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy=SavedCpuFsdp() if fsdp else "ddp",
+        strategy=strategy,
         max_epochs=asked["epochs"],
         default_root_dir=folder,
-        callbacks=[ModelCheckpoint(dirpath=folder / "kept", save_weights_only=fsdp)],
+        callbacks=[ModelCheckpoint(dirpath=folder / "kept", save_weights_only=isinstance(strategy, CpuFsdp))],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

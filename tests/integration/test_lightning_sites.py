@@ -24,22 +24,23 @@ ROUNDS, EPOCHS = 3, 2
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lightning sites")]
 
 
-def run(folder, *, algorithm=None, sites=tuple(SIZES), rounds=ROUNDS, **asked):
+def run(folder, strategies, *, algorithm=None, rounds=ROUNDS, keep=True):
     """Runs a federation of sites with two ranks each; returns its result, and what the ranks wrote of their turns."""
-    asked = {"folder": str(folder), "epochs": EPOCHS, "strategy": "ddp", "keep": True} | asked
+    asked = {"folder": str(folder), "epochs": EPOCHS, "keep": keep}
+    environment = {"OMP_NUM_THREADS": "1"}
     job = shoal.Job(
         "lightning",
         script=SCRIPT,
         args=[json.dumps(asked)],
         model=Predicting,
-        sites=[shoal.Site(name, devices=2, env={"OMP_NUM_THREADS": "1"}) for name in sites],
+        sites=[shoal.Site(name, devices=2, args=[kind], env=environment) for name, kind in strategies.items()],
         algorithm=algorithm or shoal.FedAvg(),
         rounds=rounds,
         accelerator="cpu",
     )
     result = job.run()
     return result, {
-        (site, rank): json.loads((folder / f"{site}-{rank}.json").read_text()) for site in sites for rank in (0, 1)
+        (site, rank): json.loads((folder / f"{site}-{rank}.json").read_text()) for site in strategies for rank in (0, 1)
     }
 
 
@@ -72,7 +73,7 @@ def distance(params, others):
 def kept(tmp_path_factory):
     """A run in which the optimizers go on from round to round."""
     folder = tmp_path_factory.mktemp("kept")
-    return folder, *run(folder)
+    return folder, *run(folder, {"site-1": "ddp", "site-2": "fsdp in units"})
 
 
 def test_the_loop_of_two_sites_of_two_ranks_is_fedavg_with_optimizers_that_go_on(kept):
@@ -121,7 +122,7 @@ def test_the_checkpoints_of_all_rounds_are_there_and_the_best_is_the_rounds_own(
 
 def test_fsdp_with_optimizers_that_begin_anew_is_one_device_and_so_is_the_local_objective(tmp_path):
     algorithm = shoal.FedProx(mu=0.5)
-    result, turns = run(tmp_path, algorithm=algorithm, sites=["site-1"], strategy="fsdp", keep=False, rounds=2)
+    result, turns = run(tmp_path, {"site-1": "fsdp"}, algorithm=algorithm, keep=False, rounds=2)
     expected = shoal.federate(learner(), [data_of("site-1")], rounds=2, algorithm=algorithm)
     assert_equal(result.last_params, expected.last_params, atol=1e-6)
     without = shoal.federate(learner(), [data_of("site-1")], rounds=2)
