@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.utils.data import DataLoader, TensorDataset
 
 import shoal.lightning
@@ -44,11 +46,10 @@ class SavedCpuFsdp(CpuFsdp):
         return whole_arrays(self.model)
 
 
-STRATEGIES = {
-    "ddp": lambda: "ddp",
-    "fsdp": SavedCpuFsdp,
-    "fsdp in units": lambda: SavedCpuFsdp(auto_wrap_policy={torch.nn.Linear}),
-}
+UNITS = partial(size_based_auto_wrap_policy, min_num_params=40)
+"""Divides the first layer by itself, and leaves the last to the whole module's unit."""
+
+STRATEGIES = {"ddp": lambda: "ddp", "fsdp": lambda: SavedCpuFsdp(auto_wrap_policy=UNITS)}
 
 
 class Data(LightningDataModule):
@@ -97,7 +98,6 @@ def main():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    shoal.lightning.patch(trainer, keep_optimizer=asked["keep"])
     torch.manual_seed(trainer.global_rank)  # the ranks' own first models are not the same
     model, turns = Predicting(), []
     for task in shoal.lightning.tasks(trainer):
