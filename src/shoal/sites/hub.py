@@ -152,13 +152,17 @@ class Hub:
         if told["task"] != state.task:
             _close(fd)
             return
-        tree = str(told["tree"])
-        if (fd is None) != (tree == ""):
-            _close(fd)
-            raise ValueError("a reply's arrays are missing")
-        metrics = {str(name): float(value) for name, value in told["metrics"].items()}
-        examples = float(told["examples"])
         file = None if fd is None else TensorFile(fd)
+        try:
+            tree = str(told["tree"])
+            if (file is None) != (tree == ""):
+                raise ValueError("a reply's arrays are missing")
+            metrics = {str(name): float(value) for name, value in told["metrics"].items()}
+            examples = float(told["examples"])
+        except BaseException:
+            if file is not None:
+                file.close()
+            raise
         if not (math.isfinite(examples) and examples > 0):
             state.failure = Failure(what=f"replied with {examples:g} examples, and must have more than 0", rank=0)
         state.reply = Reply(task=told["task"], examples=examples, metrics=metrics, tree=tree, file=file)
