@@ -128,10 +128,10 @@ def test_a_rank_of_another_launch_is_told(hub, wrong):
     assert "let the site's launcher start the ranks" in hub.states["a"].failure.what
 
 
-def reply(hub, caller, tree=None, fd=None, **more):
+def reply(hub, caller, arrays=None, fd=None, **more):
     """Answers a task."""
-    told = {"task": 3, "examples": 2, "metrics": {"loss": 1}, "tree": "params" if tree or fd else ""} | more
-    fd = write_tensors(tree) if tree else fd
+    told = {"task": 3, "examples": 2, "metrics": {"loss": 1}, "tree": "params" if arrays or fd else ""} | more
+    fd = write_tensors(arrays) if arrays else fd
     send(caller, {"reply": told}, fd)
     if fd is not None:
         os.close(fd)
@@ -165,13 +165,20 @@ def test_a_weight_that_is_none_is_told(hub, examples):
     state.drop_reply()
 
 
+ARRAYS = {"w": np.zeros(2)}
+
+WRONG = [{"examples": "x"}, {"examples": None}, {"metrics": 3}, {"metrics": {"a": "b"}}]
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"tree": "params"}, {"examples": "x"}, {"metrics": 3}, {"metrics": {"a": "b"}}, {"task": []}]
+    ("wrong", "arrays"),
+    [({"tree": "params"}, None), ({"tree": ""}, ARRAYS), *((wrong, ARRAYS) for wrong in WRONG), ({"metrics": 3}, None)],
 )
-def test_a_reply_that_makes_no_sense_is_the_sites_failure(hub, wrong):
+def test_a_reply_that_makes_no_sense_is_the_sites_failure(hub, wrong, arrays):
+    """And what it sends along is closed."""
     caller, state = call(hub), hub.states["a"]
-    state.task = wrong.get("task", 3)
-    reply(hub, caller, **wrong)
+    state.task = 3
+    reply(hub, caller, arrays, **wrong)
     assert "said what makes no sense" in state.failure.what
 
 
