@@ -152,11 +152,12 @@ class Hub:
         if told["task"] != state.task:
             _close(fd)
             return
+        tree = str(told["tree"])
+        if (fd is None) != (tree == ""):
+            _close(fd)
+            raise ValueError("a reply's arrays are missing")
         file = None if fd is None else TensorFile(fd)
         try:
-            tree = str(told["tree"])
-            if (file is None) != (tree == ""):
-                raise ValueError("a reply's arrays are missing")
             metrics = {str(name): float(value) for name, value in told["metrics"].items()}
             examples = float(told["examples"])
         except BaseException:
