@@ -19,7 +19,7 @@ FAULTS = {
     "raise": (RAISES | {"round": 2}, "rank 1 .* ended with exit code 1", "RuntimeError: the user's own error"),
     "code": ({"does": "code", "rank": 1, "round": 2}, "rank 1 .* ended with exit code 7", "hello from"),
     "exit": ({"does": "exit", "round": 2}, "rank 0 .* left its loop", "hello from"),
-    "sleep": ({"does": "sleep", "rank": 1, "round": 2}, "gave no reply within [48] s; .*rank 1 is at site_script.py", ""),
+    "sleep": ({"does": "sleep", "rank": 1, "round": 2}, "no reply within [48] s; .*rank 1 is at site_script.py", ""),
     "break": ({"does": "break", "rank": 1, "round": 2}, "rank 1 .* left its loop", "the end of"),
     "no reply": ({"does": "no-reply", "round": 2}, "rank 0 .* ended with exit code 1", "went on without a reply"),
     "twice": ({"does": "twice", "round": 2}, "rank 0 .* ended with exit code 1", "was replied to already"),

@@ -89,6 +89,7 @@ class SitesEngine:
         give_large_memory_back()
         environments = self.allotment.environments(self.sites)
         self._states = {site.name: SiteState(site=site) for site in self.sites}
+        self._logs = {}
         self._hub = hub = Hub(self._states)
         try:
             for site, env in zip(self.sites, environments, strict=True):
@@ -98,6 +99,8 @@ class SitesEngine:
                 log.follow(launcher.output)
             self._launch_all(hub)
         except BaseException:
+            for launcher in self._launchers[len(self._logs) :]:  # nobody reads what these write
+                launcher.output.close()
             self.close()
             raise
 

@@ -74,7 +74,7 @@ def prepare(experiment: Experiment) -> Plan:
     made = _made(experiment, population) if isinstance(experiment.engine, SitesEngine) else None
     engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
-        return _prepare(experiment, population, engine, choice, *(made or _made(experiment, population)))
+        return _prepare(experiment, population, (engine, choice), made or _made(experiment, population))
     except BaseException:
         engine.close()
         raise
@@ -100,11 +100,11 @@ def _cohort(experiment: Experiment, population: Population) -> int:
 def _prepare(
     experiment: Experiment,
     population: Population,
-    engine: Engine,
-    choice: str,
-    held_out: Dataset | None,
-    model: ModelState,
+    chosen: tuple[Engine, str],
+    made: tuple[Dataset | None, ModelState],
 ) -> Plan:
+    engine, choice = chosen
+    held_out, model = made
     shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
     panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
     sites = engine if isinstance(engine, SitesEngine) else None

@@ -140,6 +140,9 @@ class TensorFile:
             """The header, as it is in the file."""
             self.entries = entries_of(self.header, self._size - PREFIX - len(self.header))
             """The arrays by name."""
+        except OSError as error:
+            self.close()
+            raise ValueError(f"what should be shared memory cannot be read: {error}") from error
         except BaseException:
             self.close()
             raise

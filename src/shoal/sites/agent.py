@@ -38,6 +38,8 @@ def attend(address: Address, site: str, body: Sequence[str] | Callable[[], None]
             told = _launch(body, ranks, orders, address)
             with contextlib.suppress(OSError):  # the server is gone
                 send(server, told | {"attempt": attempt})
+        if orders.lost:
+            address.remove()  # as the server would have done
 
 
 class _Orders:
@@ -49,6 +51,8 @@ class _Orders:
 
     def __init__(self, server: socket.socket) -> None:
         self._server = server
+        self.lost = True
+        """At the end: whether the server is gone without a word."""
         self._launches: queue.Queue[int | None] = queue.Queue()
         self._running = False
         self._lock = threading.Lock()  # so that no signal comes once the ranks have ended
@@ -75,6 +79,7 @@ class _Orders:
                 self._launches.put(int(order["launch"]))
                 self._interrupt()  # the server has given up those that run
             elif "stop" in order:
+                self.lost = False
                 break
         self._launches.put(None)
         self._interrupt()

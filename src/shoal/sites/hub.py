@@ -156,9 +156,14 @@ class Hub:
         if (fd is None) != (tree == ""):
             _close(fd)
             raise ValueError("a reply's arrays are missing")
-        metrics = {str(name): float(value) for name, value in told["metrics"].items()}
-        examples = float(told["examples"])
         file = None if fd is None else TensorFile(fd)
+        try:
+            metrics = {str(name): float(value) for name, value in told["metrics"].items()}
+            examples = float(told["examples"])
+        except BaseException:
+            if file is not None:
+                file.close()
+            raise
         if not (math.isfinite(examples) and examples > 0):
             state.failure = Failure(what=f"replied with {examples:g} examples, and must have more than 0", rank=0)
         state.reply = Reply(task=told["task"], examples=examples, metrics=metrics, tree=tree, file=file)

@@ -1,0 +1,35 @@
+"""A program that runs a job of sites, as a user's does."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import shoal
+import shoal.federation.job
+from site_jobs import SCRIPT, START, start_quickly
+
+ROUNDS = 12
+
+
+def main():
+    """Takes a folder, ``quick`` to fork the ranks, and ``resume`` to go on with the run."""
+    folder, quick, resume = sys.argv[1], sys.argv[2] == "quick", sys.argv[3] == "resume"
+    if quick:
+        shoal.federation.job.start_script = start_quickly
+    job = shoal.Job(
+        "try",
+        script=SCRIPT,
+        args=[json.dumps({"pids": f"{folder}/pids", "pause": 0.1})],
+        model={"w": START},
+        sites=[shoal.Site("site-1"), shoal.Site("site-2", devices=2)],
+        rounds=ROUNDS,
+        accelerator="cpu",
+        settings={"tensorboard": False},
+    )
+    result = job.run(run_dir=f"{folder}/run", resume=resume)
+    print("RESULT", result.params["w"].tobytes().hex(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
