@@ -23,6 +23,20 @@ def _is_of(path: Path, run: Path) -> bool:
     return "shoal.runs.trackers" in line and str(run) in line
 
 
+def tensorboard_events(folder: Path) -> list:
+    """Returns the events in the files of a folder, in the order of their names."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events*")):
+        raw, place = path.read_bytes(), 0
+        while place < len(raw):  # length, its checksum, the event, its checksum
+            length = int.from_bytes(raw[place : place + 8], "little")
+            found.append(Event.FromString(raw[place + 12 : place + 12 + length]))
+            place += 16 + length
+    return found
+
+
 def wandb_records(run: Path) -> list[tuple[str, object]]:
     """Returns what lies in the offline folders of a run: the library's own messages, in a log of checksummed pieces."""
     script = """

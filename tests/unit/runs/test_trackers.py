@@ -8,19 +8,7 @@ from tensorboardX.record_writer import RecordWriter
 
 from shoal.errors import MissingExtraError, StorageError
 from shoal.runs import TensorBoardTracker
-
-
-def events(folder):
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = []
-    for path in sorted(folder.iterdir()):
-        raw, place = path.read_bytes(), 0
-        while place < len(raw):  # length, its checksum, the event, its checksum
-            length = int.from_bytes(raw[place : place + 8], "little")
-            found.append(Event.FromString(raw[place + 12 : place + 12 + length]))
-            place += 16 + length
-    return found
+from tracked import tensorboard_events
 
 
 def test_scalars_are_events_and_a_resume_hides_what_it_runs_again(tmp_path):
@@ -30,9 +18,9 @@ def test_scalars_are_events_and_a_resume_hides_what_it_runs_again(tmp_path):
     again = TensorBoardTracker(tmp_path, first_round=2)
     again.log(2, {"accuracy": 0.75})
     again.close()
-    scalars = [(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value]
+    scalars = [(e.step, v.tag, v.simple_value) for e in tensorboard_events(tmp_path) for v in e.summary.value]
     assert scalars == [(1, "accuracy", 0.5), (1, "loss", 1.0), (2, "accuracy", 0.75)]
-    starts = [event.step for event in events(tmp_path) if event.session_log.status == 1]
+    starts = [event.step for event in tensorboard_events(tmp_path) if event.session_log.status == 1]
     assert starts == [2]
 
 

@@ -1,0 +1,137 @@
+"""The multi-GPU examples: both jobs as a user starts them, on data that are learnt at once, and their scripts alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.data.catalogue.cifar10 import FOLDER, TEST, TRAIN
+from shoal.federation.job_files import load_job
+from tracked import tensorboard_events
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "multi_gpu"
+BIN = Path(sys.executable).parent
+QUICK = ("--batch_size", 8, "--lr", 0.01, "--local_epochs", 2, "--accelerator", "cpu")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder that shoal reads as CIFAR-10: 400 images to train on, 80 to test with, of ten patterns under noise."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(256, size=(10, 3, 2, 2)).repeat(16, axis=2).repeat(16, axis=3).reshape(10, 3072)
+    folder = tmp_path_factory.mktemp("images")
+    (folder / FOLDER).mkdir()
+    for name in (*TRAIN, *TEST):
+        labels = np.arange(80) % 10
+        pixels = np.clip(patterns[labels] + rng.normal(0, 30, size=(80, 3072)), 0, 255).astype(np.uint8)
+        (folder / FOLDER / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels.tolist()}, protocol=2))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command to its end in a folder of the test's; returns its standard output."""
+
+    def run(*words, code=0):
+        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    return run
+
+
+def scalars(folder):
+    """Returns the names of the scalars in a folder of TensorBoard's events."""
+    return {value.tag for event in tensorboard_events(folder) for value in event.summary.value}
+
+
+def measured(run_dir):
+    """Returns the accuracy of the global model after each round."""
+    return [json.loads(line)["accuracy"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", ["torch_ddp", "lightning_ddp"])
+def test_a_job_of_two_sites_with_two_ranks_each(example, run, images, tmp_path):
+    words = ("--num_rounds", 3, "--data_dir", images, "--use_tracking", *QUICK)
+    said = run(sys.executable, EXAMPLES / example / "job.py", *words)
+    assert said.startswith("the images are those of cifar10\n")
+    folder = tmp_path / "runs" / example
+    accuracy = measured(folder)
+    assert len(accuracy) == 3
+    assert accuracy[0] < accuracy[2]
+    assert accuracy[2] > 0.5
+    for number, value in enumerate(accuracy, 1):
+        assert f"round {number}/3 · accuracy {value:.4f} · " in said
+    assert {"accuracy", "site-1/loss", "site-2/loss"} <= scalars(folder / "tensorboard")
+    if example == "lightning_ddp":
+        for site in (1, 2):
+            assert {"loss", "accuracy", "test_accuracy"} <= scalars(folder / f"lightning/tensorboard/site-{site}")
+        kept = {str(path.parent.relative_to(folder / "lightning")) for path in folder.rglob("*.ckpt")}
+        assert kept == {f"checkpoints/site-{site}/round-{number}" for site in (1, 2) for number in (1, 2, 3)}
+
+
+@pytest.fixture
+def exported(run, images, tmp_path):
+    """Exports the job of an example, and takes it elsewhere; returns its folder."""
+
+    def exported(example):
+        words = ("--num_rounds", 1, "--devices_per_client", 1, "--images", 80, "--data_dir", images, *QUICK)
+        said = run(sys.executable, EXAMPLES / example / "job.py", *words, "--export_config")
+        assert said == f"run it with: shoal federate jobs/{example}\n"
+        assert not (tmp_path / "runs").exists()
+        return (tmp_path / "jobs" / example).rename(tmp_path / "moved")
+
+    return exported
+
+
+@pytest.mark.slow
+def test_an_exported_job_runs_elsewhere_and_a_finished_run_resumes_at_once(exported, run, tmp_path):
+    command = ("shoal", "federate", exported("torch_ddp"), "--run-dir", tmp_path / "run")
+    assert "round 1/1 · accuracy " in run(*command)
+    said = run(*command, "--resume")  # the sites have not come when there is nothing left for them to do
+    assert "round 1/1" not in said
+    assert "rounds " in said
+
+
+@pytest.mark.slow
+def test_an_exported_job_of_lightning_is_whole(exported):
+    job = load_job(exported("lightning_ddp"))
+    assert {"client.py", "data.py", "model.py"} <= {path.name for path in Path(job.script).parent.iterdir()}
+    assert [(site.name, site.devices) for site in job.sites] == [("site-1", 1), ("site-2", 1)]
+    assert "--root_dir" not in job.args  # which is a run's
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("example", "launcher"), [("torch_ddp", "python"), ("torch_ddp", "torchrun"), ("lightning_ddp", "torchrun")]
+)
+def test_a_script_runs_alone(example, launcher, run, images):
+    start = (sys.executable,) if launcher == "python" else ("torchrun", "--standalone", "--nproc_per_node=2")
+    words = ("--data_dir", images, "--images", 160, "--batch_size", 8)
+    said = run(*start, EXAMPLES / example / "client.py", *words)
+    assert said.count("cifar10: 160 of 400 images to train on, 80 ") == 1
+    assert said.count("shoal: the task to train in round 1 alone, 160 examples: loss ") == 1
+
+
+def test_a_folder_without_data_is_refused_before_anything_starts(run, tmp_path):
+    said = run(sys.executable, EXAMPLES / "torch_ddp" / "job.py", "--data_dir", tmp_path, code=1)
+    told = f"job.py: {tmp_path} has neither CIFAR-10 nor Fashion-MNIST: ./prepare_data.sh {tmp_path}"
+    assert said.splitlines()[-1] == told
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("example", ["torch_ddp", "lightning_ddp"])
+def test_data_that_are_there_are_not_fetched(example, run, images):
+    said = run(EXAMPLES / example / "prepare_data.sh", images)
+    assert said == f"CIFAR-10 is in {images}\n"
