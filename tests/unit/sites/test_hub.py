@@ -23,7 +23,7 @@ def hub():
     """A hub with a site of two ranks, that has closed everything at the end."""
     before = open_files()
     states = {"a": SiteState(site=shoal.Site("a", devices=2, config={"lr": 0.1}))}
-    hub = Hub(states, rounds=7)
+    hub = Hub(states)
     hub.states, hub.callers = states, []
     yield hub
     for caller in hub.callers:
@@ -52,7 +52,7 @@ def call(hub, message=None, **more):
 
 def test_a_rank_is_let_in_and_told(hub):
     caller = call(hub)
-    assert receive(caller)[0] == {"welcome": {"rounds": 7, "config": {"lr": 0.1}}}
+    assert receive(caller)[0] == {"welcome": {"config": {"lr": 0.1}}}
     state = hub.states["a"]
     assert state.ranks[0].pid == os.getpid()
     assert not state.present
