@@ -1,7 +1,6 @@
-"""A site's own training: a CNN, by SGD, with DistributedDataParallel on all devices of the site.
+"""A site's own training of a CNN by SGD, with DistributedDataParallel on all devices of the site. job.py has each run it.
 
-job.py has every site run it. By itself it trains on all of the data: `python client.py`, or
-`torchrun --nproc_per_node=2 client.py --local_epochs 5`.
+By itself it trains on all of the data: `python client.py`, or `torchrun --nproc_per_node=2 client.py --local_epochs 5`.
 """
 
 import argparse
@@ -89,10 +88,9 @@ def join() -> torch.device:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if backend == "gloo":
-        return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cuda", torch.cuda.current_device())
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda" if backend == "nccl" else "cpu")
 
 
 def say(line: str) -> None:
