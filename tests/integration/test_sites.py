@@ -76,12 +76,12 @@ class TestRounds:
     def test_leave_out_a_site_that_is_late_and_take_it_again(self, jobs):
         """Its late reply is thrown away."""
         faults = {"site-2": {"does": "slow", "round": 2}}
-        there = {}
+        there = {site: set() for site in PAIR}
 
         class Ends(shoal.Callback):
             def on_client_end(self, round, client, error):
                 if error is None:
-                    there.setdefault(f"site-{client + 1}", set()).add(round)
+                    there[f"site-{client + 1}"].add(round)
 
         job = jobs.job(PAIR, faults=faults, deadline=2.5, min_sites=1, pause=0.3, rounds=14)
         result = job.run(callbacks=[Ends()])
