@@ -222,7 +222,7 @@ class SitesEngine:
         if reply is None or reply.task != self._number:
             return None
         if problem := work.problem(reply):
-            state.failure = Failure(what=f"{problem} (in its reply of round {work.broadcast.round})", rank=0)
+            state.failure = Failure(what=problem, rank=0)
             return None
         state.reply, state.task = None, None
         return reply

@@ -13,9 +13,9 @@ from shoal.client.learner import serve
 from shoal.data import Population
 from shoal.devices import Accelerator, Devices
 from shoal.engines import OnFailure, SitePolicy, SitesEngine
-from shoal.errors import ConfigurationError
+from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation.callbacks import Callback
-from shoal.federation.experiment import Experiment
+from shoal.federation.experiment import Experiment, Settings
 from shoal.federation.result import FederationResult
 from shoal.federation.run import run_experiment
 from shoal.federation.site_population import SitePopulation
@@ -25,6 +25,9 @@ from shoal.sites import Site
 from shoal.sites.allotment import Allotment
 from shoal.sites.process import Starter, start_forked, start_script
 from shoal.sites.state import Deadlines
+
+SETTINGS = frozenset(Settings.__annotations__) - {"client_validation", "validation_clients", "max_failures"}
+"""The fields of an experiment that a job does not say itself, and that make sense where the clients are sites."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +101,23 @@ class Job:
             raise ConfigurationError(f"max_restarts must be ≥ 0, not {self.max_restarts}")
         if self.deadline is not None and not self.deadline > 0:
             raise ConfigurationError(f"deadline must be > 0 seconds, not {self.deadline}")
+        self._check_leniency()
+        if unknown := sorted(set(self.settings) - SETTINGS):
+            raise unknown_name("setting of a job", unknown[0], SETTINGS)
         if self.script is None:
             self._check_learner()
         else:
             self._check_script(Path(self.script))
+
+    def _check_leniency(self) -> None:
+        """Refuses what would let a round go on without some sites, where nothing says that it may."""
+        lenient = {"deadline": self.deadline is not None, "on_failure": self.on_failure == "continue"}
+        name = next((name for name, asked in lenient.items() if asked), None)
+        if name is not None and self.min_sites is None:
+            raise ConfigurationError(
+                f"{name}={getattr(self, name)!r} lets a round go on without some sites: "
+                f"say with how many at least, as in min_sites={max(len(self.sites) - 1, 1)}"
+            )
 
     def _check_learner(self) -> None:
         for site in self.sites:

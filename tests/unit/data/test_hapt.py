@@ -293,6 +293,7 @@ def test_a_folder_without_recordings_is_refused(tmp_path):
         (PACKAGE, packaged(b"\x80\x02}"), "HAPT.pkl.gz is damaged"),
         (PACKAGE, packaged(pickle.dumps({1: [None]})), "HAPT.pkl.gz is damaged"),
     ],
+    ids=["cut", "overwritten", "package cut", "pickle cut", "pickle of something else"],  # not the time in the bytes
 )
 def test_damaged_archives_are_named(tmp_path, name, raw, message):
     (tmp_path / name).write_bytes(raw)
