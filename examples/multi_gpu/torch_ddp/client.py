@@ -1,4 +1,4 @@
-"""A site's own training of a CNN by SGD, with DistributedDataParallel on all devices of the site. job.py has each run it.
+"""A site's own training of a CNN, with DistributedDataParallel on all devices of the site. job.py has each site run it.
 
 By itself it trains on all of the data: `python client.py`, or `torchrun --nproc_per_node=2 client.py --local_epochs 5`.
 """
