@@ -50,7 +50,7 @@ JOBS = [
 ]
 
 
-def run(nursery, folder, jobs, *, world=1, seconds=150):
+def run(nursery, folder, jobs, *, world=1, seconds=600):
     """Runs trainings one after the other on so many ranks; returns what came of each on each rank."""
     folder.mkdir(exist_ok=True)
     (folder / "jobs.json").write_text(json.dumps(jobs))

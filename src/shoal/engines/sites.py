@@ -173,7 +173,7 @@ class SitesEngine:
         self._number += 1
         work.write(self._number)
         waiting = {client: self._states[self.sites[client].name] for client in clients}
-        ends = None if self.policy.deadline is None else time.monotonic() + self.policy.deadline
+        ends: float | None = None
         replies = 0
         try:
             for client in [client for client, state in waiting.items() if state.out is not None]:
@@ -189,6 +189,8 @@ class SitesEngine:
                         del waiting[client]
                         replies += 1
                         yield client, reply, None
+                if ends is None and self.policy.deadline is not None and self._all_started(waiting):
+                    ends = time.monotonic() + self.policy.deadline
                 if ends is not None and time.monotonic() > ends and replies >= self.policy.min_sites:
                     for client in list(waiting):
                         del waiting[client]
@@ -210,6 +212,13 @@ class SitesEngine:
                 connection.post(
                     {"task": work.message(client) | {"rounds": self.rounds}}, work.fd if rank == 0 else None
                 )
+
+    @staticmethod
+    def _all_started(waiting: Mapping[int, SiteState]) -> bool:
+        """Tells whether all sites have once asked for a task: a start takes its time, and no round's."""
+        for state in waiting.values():
+            state.started = state.started or state.ready or state.task is not None
+        return all(state.started for state in waiting.values())
 
     @staticmethod
     def _idle(state: SiteState) -> bool:

@@ -77,11 +77,13 @@ class SiteLog:
         return bool(self._threads) and not any(thread.is_alive() for thread in self._threads)
 
     def close(self, within: float) -> None:
-        """Waits for the end of what is read, at most so long."""
+        """Waits for the end of what is read, at most so long; of what comes later nothing is kept."""
         for thread in self._threads:
             thread.join(within)
-        if self._file is not None and self.ended:
-            self._file.close()
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def _read(self, stream: IO[bytes]) -> None:
         with stream:

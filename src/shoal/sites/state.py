@@ -82,6 +82,8 @@ class SiteState:
     """The connection to its launcher."""
     ranks: dict[int, Connection] = field(default_factory=dict)
     """Those to its ranks."""
+    started: bool = False
+    """Whether all of its ranks have once asked for a task."""
     evaluates: bool = False
     """Whether its script says that it can evaluate."""
     task: int | None = None
