@@ -84,7 +84,7 @@ def measured(found):
 
 
 # One process makes the results for all of them.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.xdist_group("ranks")]
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -66,7 +66,8 @@ class Job:
     ``deadline`` nor ``on_failure="continue"`` can let a site be left out."""
     deadline: float | None = None
     """Seconds after which a round goes on without the sites that have not replied, if ``min_sites`` have; None to wait
-    for all. What is late is thrown away, and the site takes part again when it is done."""
+    for all. What is late is thrown away, and the site takes part again when it is done. The clock
+    of the first round starts when all sites have."""
     on_failure: OnFailure = "stop"
     """When a site fails: ``stop`` the run; ``continue`` without the site to the end, while there are ``min_sites``; or
     ``restart`` it, from the current global model."""
