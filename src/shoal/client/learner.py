@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
 from contextlib import nullcontext
@@ -21,6 +22,7 @@ def serve(learner: Learner, site: Site) -> None:
         learner: On the site's devices.
         site: Has the data.
     """
+    gc.freeze()  # what the server's process has left is not to be collected here
     try:
         in_new_thread(lambda: _serve(learner, site))
     except BaseException:

@@ -29,6 +29,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.lightning_watch import Watch
+from shoal.processes.forking import leaving_garbage
 
 SILENCE = timedelta(seconds=60)
 """How long a rank on a CPU waits for the others, unless the user's own strategy says otherwise."""
@@ -186,7 +187,7 @@ def launched(trainer: Trainer, folder: Path) -> Iterator[None]:
         os.environ |= place
         watch = Watch(launcher, folder, trainer.world_size)
         try:
-            with watch:
+            with watch, leaving_garbage():
                 yield
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise (WorkerError(watch.late) if watch.late else _rank_failed(error)) from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NoReturn, TypeVar
 
@@ -62,6 +63,21 @@ def in_new_thread(work: Callable[[], T], look: Callable[[], None] = lambda: None
         return future.result()
 
 
+@contextlib.contextmanager
+def leaving_garbage() -> Iterator[None]:
+    """Keeps what is there now from the garbage collector, here for as long as the context lasts, in a fork for ever.
+
+    A forked process must not collect what the other one has left: to end a store of ``torch.distributed``, for one,
+    waits for its thread, which did not survive the fork.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def die_with(parent: int) -> None:
     """Has the system kill this process when its parent ends, also by SIGKILL.
 
@@ -101,6 +117,7 @@ def ending(code: int) -> str:
 def _run(body: Callable[[], None]) -> NoReturn:
     code = 1
     try:
+        gc.freeze()  # what the parent has left is not to be collected here: see `leaving_garbage`
         _take_signals()
         body()
         code = 0

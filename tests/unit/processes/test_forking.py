@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,9 +12,10 @@ import time
 import warnings
 
 import pytest
+from torch.distributed import TCPStore
 
 from process_table import alive, eventually
-from shoal.processes.forking import die_with, ending, fork, in_new_thread
+from shoal.processes.forking import die_with, ending, fork, in_new_thread, leaving_garbage
 
 
 def exit_code(body):
@@ -97,6 +101,45 @@ def test_pythons_warning_of_threads_is_for_others(monkeypatch):
     filters = list(warnings.filters)
     assert exit_code(lambda: None) == 0
     assert warnings.filters == filters
+
+
+@pytest.fixture
+def garbage():
+    """A store whose end waits for a thread of this process, in a circle that nobody knows any more."""
+    gc.collect()
+    gc.disable()
+    circle = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    circle.append(circle)
+    del circle
+    yield
+    gc.enable()
+    gc.collect()
+
+
+def ended(pid):
+    return os.waitpid(pid, os.WNOHANG)[0] == pid
+
+
+@pytest.mark.usefixtures("garbage")
+def test_the_child_does_not_collect_what_the_parent_has_left():
+    pid = fork(gc.collect)
+    try:
+        assert eventually(lambda: ended(pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("garbage")
+def test_nor_does_one_that_others_fork_meanwhile():
+    with leaving_garbage():
+        child = multiprocessing.get_context("fork").Process(target=gc.collect)
+        child.start()
+    child.join(20)
+    code = child.exitcode
+    child.kill()
+    child.join(20)
+    assert code == 0
 
 
 def test_it_dies_with_its_parent():
