@@ -494,7 +494,7 @@ def test_a_machine_that_has_no_process_or_no_memory_left_says_so(monkeypatch):
     assert open_files() == before
     with opened() as (_, start):
         with monkeypatch.context() as patch:
-            patch.setattr("shoal.engines.shared_trees._anonymous_file", fail)
+            patch.setattr("shoal.engines.shared_trees.anonymous_file", fail)
             with pytest.raises(EngineError, match=r"no memory to share with its children: .* allocate memory"):
                 list(start())
         assert errors(start()) == {}

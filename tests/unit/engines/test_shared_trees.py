@@ -142,7 +142,7 @@ def test_what_cannot_be_sent_is_named_and_leaves_no_file(array, message):
 
 def test_a_full_memory_is_an_os_error_and_leaves_no_file(monkeypatch):
     before = open_files()
-    monkeypatch.setattr("shoal.engines.shared_trees._anonymous_file", lambda _: os.open("/dev/full", os.O_RDWR))
+    monkeypatch.setattr("shoal.engines.shared_trees.anonymous_file", lambda _: os.open("/dev/full", os.O_RDWR))
     with pytest.raises(OSError, match="No space left"):
         write_shared({}, {"delta": {"v": np.zeros(20_000)}})
     assert open_files() == before
