@@ -130,7 +130,10 @@ class TestTogether:
                 ["DataError", f"{world - 1} examples cannot be divided among {world} devices: use fewer"],
                 ["DataError", "there is no example to evaluate on"],
             ]
-            assert found[f"lbfgs, {strategy}"]["error"] == "ConfigurationError"
+        errors = {found[f"lbfgs, {strategy}"]["error"] for found in results[world]}
+        # A rank that has refused and gone may be missed by one that still joins.
+        assert "ConfigurationError" in errors
+        assert errors <= {"ConfigurationError", "WorkerError"}
 
 
 @pytest.mark.parametrize("world", WORLDS)
