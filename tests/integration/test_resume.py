@@ -43,22 +43,12 @@ def finish(child):
     assert child.exitcode == 0
 
 
-def rounds_of(folder):
-    metrics = folder / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(spawn, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reference") / "run"
-    finish(spawn(folder.with_name("first"), resume=False))  # the server of forks imports what it is to have
     started = time.monotonic()
-    child = spawn(folder, resume=False)
-    while child.is_alive() and rounds_of(folder) < ROUNDS:
-        time.sleep(0.002)
-    trained = time.monotonic() - started
-    finish(child)
-    return folder, trained, time.monotonic() - started
+    finish(spawn(folder, resume=False))
+    return folder, time.monotonic() - started
 
 
 def assert_same_run(folder, reference):
@@ -70,7 +60,7 @@ def assert_same_run(folder, reference):
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments_changes_nothing(spawn, uninterrupted, tmp_path):
-    reference, *ends = uninterrupted  # a kill in two is before the rounds are over
+    reference, duration = uninterrupted
     chance = random.Random(20)
     kills, rounds_at_kill, runs = 0, set(), 0
     while kills < KILLS:
@@ -79,20 +69,21 @@ def test_sigkill_at_random_moments_changes_nothing(spawn, uninterrupted, tmp_pat
         while True:  # until this folder's run is complete
             child = spawn(folder, resume=(folder / "config.json").exists())
             if kills < KILLS:
-                child.join(chance.uniform(0.02, chance.choice(ends)))
+                child.join(chance.uniform(0.02, duration))
                 child.kill()
             child.join(120)
             assert child.exitcode in (0, -signal.SIGKILL)
             if child.exitcode == 0:
                 break
             kills += 1
-            rounds_at_kill.add(rounds_of(folder))
+            metrics = folder / "metrics.jsonl"
+            rounds_at_kill.add(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
         assert_same_run(folder, reference)
-    assert len(rounds_at_kill) > KILLS // 4  # the kills were at different places indeed
+    assert len(rounds_at_kill) > KILLS // 3  # the kills were at different places indeed
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(spawn, uninterrupted, tmp_path):
-    reference, *_ = uninterrupted
+    reference, _ = uninterrupted
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     newest = max((folder / "checkpoints").iterdir())
