@@ -36,6 +36,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from shoal.learners.lightning_counts import Examples, TrainingExamples, ValidationMeans
+from shoal.learners.lightning_loggers import left_open
 from shoal.learners.lightning_metrics import LoggedMeans
 from shoal.learners.lightning_objective import LocalObjectiveCallback
 from shoal.learners.lightning_rounds import Rounds
@@ -60,7 +61,8 @@ def patch(trainer: Trainer, *, keep_optimizer: bool = True, examples: float | No
     means over all ranks. ``fit`` does nothing in a task to evaluate. ``test`` and ``predict`` are Lightning's own.
 
     Counters of epochs and steps go on from round to round. A ``ModelCheckpoint`` puts a round's checkpoints into
-    ``SITE/round-N`` in its folder, and ``"best"`` and ``"last"`` are the round's; ``EarlyStopping`` begins anew.
+    ``SITE/round-N`` in its folder, and ``"best"`` and ``"last"`` are the round's; ``EarlyStopping`` begins anew. A
+    ``TensorBoardLogger`` writes one file for all rounds.
 
     Outside of a federation the Trainer does what it would without this.
 
@@ -246,7 +248,9 @@ class Patched:
         model = call.arguments.get("model")
         module = _own(model) if model is not None else self._trainer.lightning_module
         loads = call.arguments.get("ckpt_path") is not None or model is None
-        with undivided_after(self._trainer, module, changes=changes or loads):
+        task = current_task()
+        loggers = nullcontext() if task is None or task.alone else left_open(self._trainer)
+        with undivided_after(self._trainer, module, changes=changes or loads), loggers:
             return method(*call.args, **call.kwargs)
 
     def _call(self, method: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> inspect.BoundArguments:

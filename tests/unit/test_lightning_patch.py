@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 pytest.importorskip("lightning")
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import shoal
@@ -29,6 +31,7 @@ from shoal.learners.lightning_counts import Examples
 from shoal.processes.tensors import TensorFile
 from shoal.types import Broadcast, LocalObjective
 from support import assert_equal, differ, samples
+from tracked import tensorboard_events
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning.fabric.utilities.warnings.PossibleUserWarning", "ignore:.*LeafSpec.* is deprecated:FutureWarning"
@@ -126,6 +129,26 @@ def test_optimizers_and_schedules_go_on_or_begin_anew(tmp_path, server, keep):
         assert (trainer.current_epoch, trainer.global_step, trainer.max_epochs) == (2 * number, 2 * number, 2)
     assert differ(server.told[0]["arrays"], server.told[1]["arrays"]) is keep
     assert seen == [(6, 6) if keep else (2, 2)] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_calls_log_within_a_second_is_all_in_one_file_of_events(tmp_path, server, fails):
+    class Failing(Callback):
+        def on_train_end(self, trainer, pl_module):
+            assert not fails
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = trainer_in(tmp_path, logger=logger, callbacks=[Failing()], log_every_n_steps=1)
+    shoal.lightning.patch(trainer)
+    for number in (1, 2):
+        give(server, number=number)
+        trainer.validate(Classifier(), loader(), verbose=False)
+        with pytest.raises(AssertionError) if fails else nullcontext():
+            trainer.fit(Classifier(), loader(), loader())
+    assert len(list(tmp_path.glob("events*"))) == 1
+    found = [value.tag for event in tensorboard_events(tmp_path) for value in event.summary.value]
+    assert (found.count("accuracy"), found.count("loss")) == (2 + 4, 2 + 4 + 4)  # measured, and that with the 4 steps
+    assert "finalize" not in vars(logger)
 
 
 def test_a_rounds_limit_may_be_steps(tmp_path, server):

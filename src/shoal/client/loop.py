@@ -14,6 +14,7 @@ from shoal.client.ranks import RankGroup
 from shoal.client.task import Task
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, WorkerError
+from shoal.processes.rest import rest_at_exit
 from shoal.processes.tensors import TensorFile, entries_of, view
 from shoal.types import Array, LocalObjective, ModelState, Params
 
@@ -39,6 +40,7 @@ class TaskSource:
     """
 
     def __init__(self, model: Any = None, *, evaluate: bool = False) -> None:
+        rest_at_exit()
         self._model = model
         self._evaluate = evaluate
         self._link = connected()

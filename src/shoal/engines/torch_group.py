@@ -19,6 +19,7 @@ from shoal.devices import Launched
 from shoal.engines.control import SILENCE
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.torch_network import gloo_over
+from shoal.processes.rest import rest_at_exit
 from shoal.types import Array
 
 CONNECT = 5.0
@@ -99,6 +100,7 @@ class TorchGroup:
     def __init__(
         self, store: Store, rank: int, count: int, *, interface: str | None, watch: Callable[[], None]
     ) -> None:
+        rest_at_exit()
         self._watch = watch
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         timeout = datetime.timedelta(seconds=CONNECT)

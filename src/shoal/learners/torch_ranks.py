@@ -26,6 +26,7 @@ from shoal.devices import Devices, Launched
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.torch_devices import resolve
 from shoal.learners.torch_network import gloo_over, interface_towards
+from shoal.processes.rest import rest_at_exit
 
 PATIENCE = datetime.timedelta(minutes=10)
 """How long a rank waits for the others at one point: longer than rank 0 takes to write a large model."""
@@ -177,6 +178,7 @@ def _check_count(devices: Devices, place: Launched | None) -> None:
 
 def _begin(place: Launched, device: torch.device) -> None:
     """Starts the default process group."""
+    rest_at_exit()
     backend = "gloo"
     if device.type == "cuda":
         if not dist.is_nccl_available():
