@@ -64,12 +64,13 @@ def advance(tree: Params, increment: Params, *, consume: bool = False) -> dict[s
     Args:
         tree: What to add to.
         increment: What to add.
-        consume: Whether to take each array out of ``increment``, a dict, as soon as it is added: the sum then needs no
-            more memory than that had.
+        consume: Whether the arrays of ``increment``, in float64, may be overwritten. If it is a dict, each is taken out
+            of it as soon as it is added: the sum then needs no more memory than that had.
     """
-    if not (consume and isinstance(increment, dict)):
+    if not consume:
         return map_trees(lambda array, step: cast_like(widen(array) + widen(step), array), tree, increment)
-    return {name: cast_like(_added(increment.pop(name), array), array) for name, array in tree.items()}
+    take = increment.pop if isinstance(increment, dict) else increment.__getitem__
+    return {name: cast_like(_added(take(name), array), array) for name, array in tree.items()}
 
 
 def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:

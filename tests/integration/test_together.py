@@ -130,10 +130,7 @@ class TestTogether:
                 ["DataError", f"{world - 1} examples cannot be divided among {world} devices: use fewer"],
                 ["DataError", "there is no example to evaluate on"],
             ]
-        errors = {found[f"lbfgs, {strategy}"]["error"] for found in results[world]}
-        # A rank that has refused and gone may be missed by one that still joins.
-        assert "ConfigurationError" in errors
-        assert errors <= {"ConfigurationError", "WorkerError"}
+            assert found[f"lbfgs, {strategy}"]["error"] == "ConfigurationError"
 
 
 @pytest.mark.parametrize("world", WORLDS)

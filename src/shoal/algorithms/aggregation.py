@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +19,9 @@ class Aggregate:
     """The weighted mean of a round's updates."""
 
     delta: Params
-    """Mean change of the trained parameters, float64."""
+    """Mean change of the trained parameters, float64; it may be computed anew each time that an array is asked for."""
     buffers: Params
-    """Mean change of the buffers, float64."""
+    """Mean change of the buffers, likewise."""
     extras: Mapping[str, Params] = field(default_factory=dict)
     """Means of the extra trees."""
     clients: int
@@ -35,8 +38,8 @@ class WeightedSum:
     """
 
     def __init__(self, model: ModelState) -> None:
-        self._delta = trees.zeros(model.params)
-        self._buffers = trees.zeros(model.buffers)
+        self._model = model
+        self._later: list[tuple[int, Update, float]] = []
         self.extras: dict[str, dict[str, Array]] = {}
         """The sums of the extra trees, by their names."""
         self.clients = 0
@@ -50,12 +53,19 @@ class WeightedSum:
             update: Its names and shapes are those of the model.
             weight: Its share in the mean before normalisation, > 0.
         """
-        trees.add_scaled(self._delta, update.delta, weight)
-        trees.add_scaled(self._buffers, update.buffers, weight)
-        for name, tree in update.extras.items():
-            trees.add_scaled(self.extras.setdefault(name, trees.zeros(tree)), tree, weight)
-        self.clients += 1
-        self.weight += weight
+        self._sum_up(update, weight)
+        self.count(1, weight)
+
+    def add_later(self, update: Update, weight: float, *, place: int) -> None:
+        """Adds one update that is read when the mean is, array by array, so that the sums take memory for one array.
+
+        Args:
+            update: Can be read until then, more than once.
+            weight: Its share in the mean before normalisation, > 0.
+            place: Such updates are added in the order of their places, whichever came first.
+        """
+        self._later.append((place, update, weight))
+        self.count(1, weight)
 
     def add_stacked(self, updates: StackedUpdate, weights: np.ndarray) -> None:
         """Adds the updates of several clients.
@@ -69,7 +79,7 @@ class WeightedSum:
         trees.add_rows(self._buffers, updates.buffers, weights)
 
     def count(self, clients: int, weight: float) -> None:
-        """Takes updates that :meth:`add_stacked` has added into the number of clients and the sum of the weights."""
+        """Takes updates, such as those that :meth:`add_stacked` has added, into how many there are and their weight."""
         self.clients += clients
         self.weight += weight
 
@@ -81,20 +91,55 @@ class WeightedSum:
 
     def arrays(self) -> list[Array]:
         """Returns the sums' own arrays, always in the same order."""
+        self._read_later()
         trees = (self._delta, self._buffers, *(self.extras[name] for name in sorted(self.extras)))
         return [tree[name] for tree in trees for name in sorted(tree)]
 
     def mean(self) -> Aggregate:
         """Turns the sums, where they are, into the mean of what was added, at least one update; no more is added."""
         if self._mean is None:
-            self._mean = Aggregate(
-                delta=self._divided(self._delta),
-                buffers=self._divided(self._buffers),
-                extras={name: self._divided(tree) for name, tree in self.extras.items()},
-                clients=self.clients,
-                weight=self.weight,
-            )
+            means = self._later_mean() or self._sums_mean()
+            self._mean = Aggregate(**means, clients=self.clients, weight=self.weight)
         return self._mean
+
+    @cached_property
+    def _delta(self) -> dict[str, Array]:
+        return trees.zeros(self._model.params)
+
+    @cached_property
+    def _buffers(self) -> dict[str, Array]:
+        return trees.zeros(self._model.buffers)
+
+    def _sums_mean(self) -> dict[str, Any]:
+        self._read_later()
+        extras = {name: self._divided(tree) for name, tree in self.extras.items()}
+        return {"delta": self._divided(self._delta), "buffers": self._divided(self._buffers), "extras": extras}
+
+    def _later_mean(self) -> dict[str, Any] | None:
+        """Returns a mean that is read when it is asked for; None where there are sums already, or extra trees."""
+        parts = self._in_order()
+        if not parts or len(parts) < self.clients or any(update.extras for update, _ in parts):
+            return None
+        weights = [weight for _, weight in parts]
+        return {
+            "delta": _Mean(self._model.params, [update.delta for update, _ in parts], weights),
+            "buffers": _Mean(self._model.buffers, [update.buffers for update, _ in parts], weights),
+        }
+
+    def _read_later(self) -> None:
+        """Takes what was to be read later into the sums."""
+        for update, weight in self._in_order():
+            self._sum_up(update, weight)
+        self._later.clear()
+
+    def _sum_up(self, update: Update, weight: float) -> None:
+        trees.add_scaled(self._delta, update.delta, weight)
+        trees.add_scaled(self._buffers, update.buffers, weight)
+        for name, tree in update.extras.items():
+            trees.add_scaled(self.extras.setdefault(name, trees.zeros(tree)), tree, weight)
+
+    def _in_order(self) -> list[tuple[Update, float]]:
+        return [(update, weight) for _, update, weight in sorted(self._later, key=itemgetter(0))]
 
     def _zeros(self, shape: Sequence[int]) -> Array:
         """Returns float64 zeros of the same kind and on the same device as the sums."""
@@ -105,3 +150,31 @@ class WeightedSum:
         for name in tree:
             tree[name] /= self.weight
         return tree
+
+
+class _Mean(Mapping[str, Array]):
+    """The weighted mean of trees, computed in float64 as its arrays are asked for.
+
+    Args:
+        like: Gives the names, shapes and device.
+        parts: One tree for each update.
+        weights: Their shares before normalisation.
+    """
+
+    def __init__(self, like: Params, parts: Sequence[Params], weights: Sequence[float]) -> None:
+        self._like = like
+        self._parts = parts
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> Array:
+        total = trees.zeros({name: self._like[name]})
+        for tree, weight in zip(self._parts, self._weights, strict=True):
+            trees.add_scaled(total, {name: tree[name]}, weight)
+        total[name] /= sum(self._weights)
+        return total[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)

@@ -60,7 +60,7 @@ class FedAvg:
         increment, slots = self.server_update(aggregate.delta, state.slots)
         model = ModelState(
             params=trees.advance(state.model.params, increment, consume=increment is aggregate.delta),
-            buffers=trees.advance(state.model.buffers, aggregate.buffers),
+            buffers=trees.advance(state.model.buffers, aggregate.buffers, consume=True),
             constants=state.model.constants,
         )
         return ServerState(round=state.round + 1, model=model, slots=slots)

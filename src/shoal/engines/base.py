@@ -44,6 +44,9 @@ class ClientResult:
     """What stopped it, with its traceback."""
     checked: bool = False
     """Whether the engine has seen to it that the update's names and shapes are the model's, and its numbers finite."""
+    lasting: bool = False
+    """Whether the update may be read, and again, until the engine's next round, and takes no memory of this process
+    until it is."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

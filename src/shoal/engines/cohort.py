@@ -53,7 +53,11 @@ class CohortSum:
             return []
         error = self._problem(result)
         if error is None and result.update is not None:
-            self.total.add(result.update, self._weigh(result.update))
+            weight = self._weigh(result.update)
+            if result.lasting:
+                self.total.add_later(result.update, weight, place=result.client)
+            else:
+                self.total.add(result.update, weight)
             self._report(result.client, result.update.weight, result.update.metrics.items())
         return [self._ended(result.client, error)]
 

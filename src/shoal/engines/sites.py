@@ -77,6 +77,7 @@ class SitesEngine:
         self._states: dict[str, SiteState] = {}
         self._logs: dict[str, SiteLog] = {}
         self._launchers: list[Launcher] = []
+        self._kept: list[Reply] = []
         self._number = 0
         self._round = 0
 
@@ -107,19 +108,18 @@ class SitesEngine:
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Yields what each site replies, as the replies come."""
         self._round = broadcast.round
+        self._let_go()
         work = SiteTask("train", broadcast, learner, seed=tasks[0].seed if tasks else 0)
         for client, reply, problem in self._gather(work, [task.client for task in tasks]):
             if reply is None:
                 yield ClientResult(client=client, error=problem)
                 continue
-            try:
-                yield ClientResult(client=client, update=work.update(reply), checked=True)
-            finally:
-                if reply.file is not None:
-                    reply.file.close()
+            self._kept.append(reply)
+            yield ClientResult(client=client, update=work.update(reply), checked=True, lasting=True)
 
     def close(self) -> None:
         """Ends all processes of all sites; without effect on an engine that is not open."""
+        self._let_go()
         if self._hub is None:
             return
         hub, self._hub = self._hub, None
@@ -159,6 +159,7 @@ class SitesEngine:
         Raises:
             SiteError: A site failed, and the policy is to stop.
         """
+        self._let_go()
         clients = [index for index, site in enumerate(self.sites) if self._states[site.name].evaluates]
         work = SiteTask("evaluate", Broadcast(round=round, model=model), learner, seed=0)
         return {
@@ -166,6 +167,11 @@ class SitesEngine:
             for client, reply, _ in self._gather(work, clients)
             if reply is not None
         }
+
+    def _let_go(self) -> None:
+        """Frees the memory in which the sites' updates of the last round lie."""
+        while self._kept:
+            self._kept.pop().close()
 
     def _gather(self, work: SiteTask, clients: Sequence[int]) -> Iterator[tuple[int, Reply | None, Exception | None]]:
         """Gives a task to sites, and yields each one's reply, or why there is none."""

@@ -197,6 +197,7 @@ def _begin(place: Launched, device: torch.device) -> None:
                 timeout=PATIENCE,
                 device_id=device if device.type == "cuda" else None,
             )
+            dist.all_reduce(torch.zeros(1))  # or a rank that refuses what is asked for may be gone while another joins
     except (RuntimeError, ValueError) as error:
         raise WorkerError(
             f"the {place.count} ranks did not meet at {place.address}:{place.port}: {str(error).splitlines()[0]}"

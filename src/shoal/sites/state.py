@@ -69,6 +69,11 @@ class Reply:
     file: TensorFile | None
     """The arrays; the receiver closes it."""
 
+    def close(self) -> None:
+        """Lets go of the arrays."""
+        if self.file is not None:
+            self.file.close()
+
 
 @dataclass(kw_only=True)
 class SiteState:
@@ -177,6 +182,6 @@ class SiteState:
 
     def drop_reply(self) -> None:
         """Lets go of an answer that nobody takes."""
-        if self.reply is not None and self.reply.file is not None:
-            self.reply.file.close()
+        if self.reply is not None:
+            self.reply.close()
         self.reply = None

@@ -120,6 +120,35 @@ def test_weighting(clients):
         assert mean.clients == len(clients)
 
 
+@given(st.permutations([(0, 0.1, 3.0), (1, 0.7, 2.0), (2, -1 / 3, 1.0), (3, 1e-9, 7.0)]), st.booleans())
+def test_updates_that_are_read_later_are_added_in_the_order_of_their_places(arrivals, summed):
+    model = ModelState(params=START, buffers={"mean": np.array([0.0, 4.0])})
+    now, later = WeightedSum(model), WeightedSum(model)
+    sent = {place: dataclasses.replace(update([v, v / 3, v * 7], w), buffers={"mean": np.full(2, v)})
+            for place, v, w in arrivals}  # fmt: skip
+    for _, one in sorted(sent.items()):
+        now.add(one, one.weight)
+    for place, _, weight in arrivals:
+        later.add_later(sent[place], weight, place=place)
+    if summed:
+        for ours, theirs in zip(later.arrays(), now.arrays(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    for _ in range(2):  # it may be asked for again
+        for part in ("delta", "buffers"):
+            assert_equal(dict(getattr(later.mean(), part)), dict(getattr(now.mean(), part)))
+    assert (later.mean().clients, later.mean().weight) == (now.mean().clients, now.mean().weight)
+    assert_equal(*(dict(FedAvg().step(FedAvg().start(model), one.mean()).model.merged()) for one in (later, now)))
+
+
+def test_extra_trees_that_are_read_later_are_averaged_too():
+    total = WeightedSum(ModelState(params=START))
+    for place, value, weight in ((1, 1.0, 1.0), (0, 5.0, 3.0)):
+        sent = update([value, 0, 0], weight, extras={"control": {"c": np.array([value])}})
+        total.add_later(sent, weight, place=place)
+    assert total.mean().extras["control"]["c"].tolist() == [4.0]
+    assert total.mean().delta["w"].tolist() == [4.0, 0.0, 0.0]
+
+
 def test_extra_trees_are_averaged_by_name():
     total = WeightedSum(ModelState(params=START))
     for value, weight in ((1.0, 1.0), (5.0, 3.0)):
