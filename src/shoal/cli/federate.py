@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli.launch import among_workers, launch_if_asked
+from shoal.cli.options import DataDir, Precision, RunDir, Seed, Trackers, check_resume
 from shoal.cli.runs import in_new_folder, new_folders, resume_command
 from shoal.errors import ConfigurationError, RunInterrupted
 
@@ -22,16 +23,9 @@ Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
 Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized, process.")]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Clients that train at once, with --engine process.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
-Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
-RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
 Workers = Annotated[int | None, typer.Option(help="Processes on this machine that share each cohort.")]
 MaxRestarts = Annotated[int, typer.Option(help="How often to go on from the last checkpoint when a worker fails.")]
-Trackers = Annotated[
-    list[str] | None, typer.Option("--tracker", help="mlflow or wandb, to follow the run as well; repeatable.")
-]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what every rank of every site writes.")]
 Set = Annotated[
     list[str] | None,
@@ -104,8 +98,7 @@ def _run(
     run_dir: Path | None,
     resume: bool,
 ) -> None:
-    if resume and run_dir is None:
-        raise ConfigurationError("--resume goes on with a run's folder: name it with --run-dir")
+    check_resume(resume, run_dir)
     from shoal.engines import launched_workers, restarted
     from shoal.experiments import build, load, parse_settings
     from shoal.runs import is_run

@@ -13,6 +13,7 @@ import typer
 from shoal.cli.child import LAUNCHER, end_with_launcher
 from shoal.cli.devices import AskedDevices, parse_ids
 from shoal.cli.exits import REFUSED
+from shoal.cli.options import DataDir, Precision, RunDir, Seed, Trackers, check_resume
 from shoal.cli.runs import in_new_folder, new_folders, reserved_folder, resume_command
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, RunInterrupted
@@ -27,7 +28,6 @@ Count = Annotated[
 StrategyName = Annotated[str | None, typer.Option("--strategy", help="single, dp, ddp or fsdp; several: ddp.")]
 Ids = Annotated[str | None, typer.Option(help="The CUDA devices to use, such as 0,1,3.")]
 Accelerator = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the data.")]
 BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch on each device.")]
 Accumulate = Annotated[int | None, typer.Option(help="Batches on each device that make one step.")]
@@ -37,14 +37,8 @@ CheckpointEvery = Annotated[int | None, typer.Option(help="Steps between checkpo
 NodeCount = Annotated[int, typer.Option("--nodes", help="Machines that run this command together.")]
 NodeRank = Annotated[int, typer.Option(help="Which of them this is, from 0.")]
 Rendezvous = Annotated[str | None, typer.Option(help="HOST:PORT on machine 0, where they meet.")]
-Seed = Annotated[int | None, typer.Option(help="Decides all randomness.")]
-DataDir = Annotated[Path | None, typer.Option(help="Where the data set's files lie, or are to be put.")]
-RunDir = Annotated[Path | None, typer.Option(help="The run's folder; a new one under runs/ if left out.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the training in --run-dir.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Record some steps with torch's profiler.")]
-Trackers = Annotated[
-    list[str] | None, typer.Option("--tracker", help="mlflow or wandb, to follow the run as well; repeatable.")
-]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any further setting, such as learner.clip_norm=1."),
@@ -82,8 +76,7 @@ def train(
     options: dict[str, object] = {"learner.batch_size": batch_size, "learner.accumulate": accumulate, "seed": seed}
     options |= {"patience": patience, "checkpoint_every": checkpoint_every, "data_dir": data_dir}
     options |= {"scale_lr": scale_lr or None, "trace": trace or None}
-    if resume and run_dir is None:
-        raise ConfigurationError("--resume goes on with a run's folder: name it with --run-dir")
+    check_resume(resume, run_dir)
     several, place = _nodes(nodes, node_rank, rendezvous), Launched.here()
     if place is None:
         processes = asked.processes()
