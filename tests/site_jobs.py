@@ -82,7 +82,9 @@ class Jobs:
             script=SCRIPT,
             args=[json.dumps(told)],
             model={"w": START},
-            sites=[shoal.Site(name, devices=ranks) for name, ranks in sites.items()],
+            sites=[
+                shoal.Site(name, devices=ranks, config={"examples": examples_of(name)}) for name, ranks in sites.items()
+            ],
             accelerator="cpu",
             **settings,
         )

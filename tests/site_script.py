@@ -82,6 +82,7 @@ def main(told):
     print(f"hello from {site}", flush=True)
     if wrong and fault["round"] == 0:
         act(fault["does"], None)
+    settings = shoal.client.config()
     for task in shoal.client.tasks(evaluate=told.get("evaluate", False)):
         if task.kind == "evaluate":
             task.reply(examples=examples_of(site), metrics={"accuracy": float(task.params["w"][0])})
@@ -93,7 +94,8 @@ def main(told):
             if act(fault["does"], task):
                 continue
         result = trained(task.params["w"], task.seed)
-        task.reply(params={"w": result}, examples=examples_of(site), metrics={"loss": float(task.round)})
+        assert task.config == settings
+        task.reply(params={"w": result}, examples=settings["examples"], metrics={"loss": float(task.round)})
         if wrong and task.round == fault["round"] and fault["does"] == "twice":
             task.reply(params={"w": result}, examples=1)
     print(f"the end of {site}", flush=True)

@@ -11,7 +11,7 @@
 """
 
 from shoal.client.imperative import init, is_running, receive, send
-from shoal.client.loop import tasks
+from shoal.client.loop import config, tasks
 from shoal.client.task import Task
 
-__all__ = ["Task", "init", "is_running", "receive", "send", "tasks"]
+__all__ = ["Task", "config", "init", "is_running", "receive", "send", "tasks"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -127,10 +127,31 @@ class TaskSource:
         state: Params = {}
         if self._model is not None:
             state = self._model.state_dict() if hasattr(self._model, "state_dict") else self._model
-        config = json.loads(os.environ.get("SHOAL_CONFIG", "{}"))
         # As the server would: what the script does to its model must not change what it started from.
         kept = {name: array.clone() if hasattr(array, "clone") else np.array(array) for name, array in state.items()}
-        return Task(kind="train", round=1, rounds=1, site="local", config=config, model=ModelState(params=kept))
+        return Task(kind="train", round=1, rounds=1, site="local", config=config(), model=ModelState(params=kept))
+
+
+def config() -> Mapping[str, Any]:
+    """Returns this site's own settings, before the first task; they are every task's ``config``.
+
+    A script that is started by hand has those in the environment variable ``SHOAL_CONFIG``, as JSON.
+
+    Raises:
+        ConfigurationError: The variable holds no JSON object.
+        WorkerError: The server cannot be reached.
+    """
+    link = connected()
+    if link is not None:
+        return dict(link.welcome["config"])
+    said = os.environ.get("SHOAL_CONFIG", "{}")
+    try:
+        found = json.loads(said)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigurationError(f'SHOAL_CONFIG must be a JSON object such as {{"lr": 0.1}}, not {said!r}')
+    return found
 
 
 def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
@@ -144,8 +165,7 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
             task.reply(params=net.state_dict(), examples=len(data), metrics={"loss": loss})
 
     The ranks get each task together, and the end too; only rank 0 talks to the server. A script that is started by
-    hand, with ``python`` or ``torchrun``, gets one task to train and then the end; ``task.config`` is then the JSON in
-    the environment variable ``SHOAL_CONFIG``.
+    hand, with ``python`` or ``torchrun``, gets one task to train and then the end.
 
     Args:
         model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then. A

@@ -83,7 +83,7 @@ class _Ends:
     def _tolerate(self, client: int, error: Exception) -> None:
         """Warns of a failed client, or raises if it is one too many."""
         name = self._plan.shards.population.name(client)
-        what = f"{name} failed in round {self._number}: {one_line(error)}"
+        what = f"{name} failed in round {self._number}: {one_line(error).removeprefix(f'{name}: ')}"
         allowed = self._plan.experiment.max_failures
         if self._failures > allowed:
             limit = f"{allowed} failures a round are allowed" if allowed else "no failure is allowed"

@@ -76,7 +76,14 @@ def test_only_rank_0_tells(capsys, monkeypatch):
 def test_settings_may_be_given_by_hand(monkeypatch):
     monkeypatch.setenv("SHOAL_CONFIG", '{"lr": 0.1}')
     (task,) = shoal.client.tasks()
-    assert task.config == {"lr": 0.1}
+    assert task.config == shoal.client.config() == {"lr": 0.1}
+
+
+@pytest.mark.parametrize("said", ["lr=0.1", "[1]"])
+def test_settings_that_are_no_object_are_refused(monkeypatch, said):
+    monkeypatch.setenv("SHOAL_CONFIG", said)
+    with pytest.raises(ConfigurationError, match="must be a JSON object such as"):
+        list(shoal.client.tasks())
 
 
 def test_a_federation_that_is_over_is_told(monkeypatch, tmp_path):
