@@ -51,6 +51,11 @@ def family(pid):
     return [one for child in children(pid) for one in (child, *family(child))]
 
 
+def site_of(name, ranks):
+    """Returns a site with the settings that the script asks for."""
+    return shoal.Site(name, devices=ranks, config={"examples": examples_of(name)})
+
+
 class Jobs:
     """Makes jobs that run the script of :mod:`site_script`, and knows of all their processes and folders.
 
@@ -82,9 +87,7 @@ class Jobs:
             script=SCRIPT,
             args=[json.dumps(told)],
             model={"w": START},
-            sites=[
-                shoal.Site(name, devices=ranks, config={"examples": examples_of(name)}) for name, ranks in sites.items()
-            ],
+            sites=[site_of(name, ranks) for name, ranks in sites.items()],
             accelerator="cpu",
             **settings,
         )

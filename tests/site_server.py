@@ -7,7 +7,7 @@ import sys
 
 import shoal
 import shoal.federation.job
-from site_jobs import SCRIPT, START, start_quickly
+from site_jobs import SCRIPT, START, site_of, start_quickly
 
 ROUNDS = 12
 
@@ -22,7 +22,7 @@ def main():
         script=SCRIPT,
         args=[json.dumps({"pids": f"{folder}/pids", "pause": 0.1})],
         model={"w": START},
-        sites=[shoal.Site("site-1"), shoal.Site("site-2", devices=2)],
+        sites=[site_of("site-1", 1), site_of("site-2", 2)],
         rounds=ROUNDS,
         accelerator="cpu",
         settings={"tensorboard": False},
