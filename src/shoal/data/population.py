@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -44,18 +45,18 @@ class Population(Sequence[Dataset]):
 
         Args:
             datasets: What :func:`~shoal.data.as_dataset` takes, one for each client.
-            names: What messages call the clients.
+            names: What messages call the clients, each in its own way.
 
         Raises:
-            ConfigurationError: A name is missing, or something is no data set.
+            ConfigurationError: A name is missing or there twice, or something is no data set.
         """
         if isinstance(datasets, str | bytes) or not isinstance(datasets, Sequence):
             raise ConfigurationError(
                 f"clients must be a Population or a sequence with one data set for each client, "
                 f"not {type(datasets).__name__}; shoal.data.partition divides one data set"
             )
-        if names is not None and len(names) != len(datasets):
-            raise ConfigurationError(f"{len(names)} names were given for {len(datasets)} clients")
+        if names is not None:
+            _check_names([str(name) for name in names], len(datasets))
         parts = [as_dataset(data, name=f"client {client}") for client, data in enumerate(datasets)]
         offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
         return cls(_Concatenation(parts, offsets), np.arange(offsets[-1]), offsets, names=names)
@@ -133,6 +134,14 @@ class Population(Sequence[Dataset]):
             "dataset": self.dataset.describe(),
             "digest": digest(self._order, self._offsets),
         }
+
+
+def _check_names(names: Sequence[str], clients: int) -> None:
+    if len(names) != clients:
+        raise ConfigurationError(f"{len(names)} names were given for {clients} clients")
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise ConfigurationError(f"{times} clients are called {name!r}: give each a name of its own")
 
 
 class _Concatenation:

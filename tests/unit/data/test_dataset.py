@@ -170,6 +170,13 @@ def test_a_population_of_several_data_sets_reads_each_lazily_in_any_order():
         Population.from_datasets([dataset()], names=["a", "b"])
 
 
+@pytest.mark.parametrize(("names", "twice"), [(("a", "b", "a"), "2 clients are called 'a'"), ((1, "2", "1"), "'1'")])
+def test_clients_of_one_name_are_refused(names, twice):
+    with pytest.raises(ConfigurationError, match=f"{twice}: give each a name of its own"):
+        Population.from_datasets([dataset()] * 3, names=names)
+    assert Population.from_datasets([], names=[]).named
+
+
 def test_descriptions_tell_data_apart():
     changed = dataset()
     changed.targets()[3] = 2
