@@ -90,16 +90,26 @@ def loader(count=COUNT, *, batch_size=None, **settings):
     return DataLoader(data, batch_size=batch_size or count, **settings)
 
 
-def test_fit_starts_from_the_global_model_and_sends_what_a_learner_would(tmp_path, server):
-    trainer = trainer_in(tmp_path)
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize(("proximal", "corrected"), [(0.5, False), (0.0, True), (0.5, True)])
+def test_fit_starts_from_the_global_model_and_sends_what_a_learner_would(tmp_path, server, epochs, proximal, corrected):
+    """With one batch, an epoch is one step; a correction is what SCAFFOLD sends along."""
+    model, generator = learner().init(3), torch.Generator().manual_seed(1)
+    drawn = {name: torch.randn(array.shape, generator=generator) for name, array in model.params.items()}
+    trainer = trainer_in(tmp_path, max_epochs=epochs)
     shoal.lightning.patch(trainer)
-    task = give(server, objective=LocalObjective(proximal=0.5))
+    objective = LocalObjective(proximal=proximal, correction=drawn if corrected else None)
+    task = give(server, model=model, objective=objective)
     trainer.fit(Classifier(), loader())
     broadcast = Broadcast(round=1, model=task.model, objective=task.objective)
-    update = learner(epochs=2).fit(broadcast, samples(COUNT), np.random.default_rng(0))
+    update = learner(epochs=epochs).fit(broadcast, samples(COUNT), np.random.default_rng(0))
     [told] = server.told
     sent = {name: told["arrays"][name] - task.model.params[name] for name in update.delta}
     assert_equal(sent, {name: delta.float() for name, delta in update.delta.items()}, atol=1e-6)
+    if epochs == 1 and corrected:  # at the global model the proximal term has no gradient
+        plain = learner().fit(Broadcast(round=1, model=model), samples(COUNT), np.random.default_rng(0))
+        step = {name: plain.delta[name].float() - 0.1 * array for name, array in drawn.items()}
+        assert_equal(sent, step, atol=1e-6)
     assert told["examples"] == COUNT
     assert told["metrics"]["loss"] == pytest.approx(update.metrics["loss"], abs=1e-6)
 
