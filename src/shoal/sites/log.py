@@ -102,4 +102,6 @@ class SiteLog:
         text = (found[2] if found else line.rstrip(b"\r\n")).decode(errors="replace")
         self._last.setdefault(rank, deque(maxlen=LINES)).append(text)
         if self._all_shown or rank == 0:
-            self._show(f"{self._name}: {text}" if rank in (None, 0) else f"{self._name} rank {rank}: {text}")
+            # What the ranks write is read on, also where nobody can be shown it: they would wait, or fail.
+            with contextlib.suppress(OSError, ValueError):
+                self._show(f"{self._name}: {text}" if rank in (None, 0) else f"{self._name} rank {rank}: {text}")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+from pathlib import Path
 
 import pytest
 
@@ -103,4 +105,39 @@ def test_a_file_that_cannot_be_is_told(pipe, tmp_path):
     log, _ = read(pipe, b"rank 0: one\n")
     with pytest.raises(StorageError):
         log.keep(tmp_path / "sites" / "site-1.log")
+    log.close(10)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), ValueError("closed")])
+def test_what_cannot_be_shown_is_kept_all_the_same(pipe, tmp_path, error):
+    def refuse(line):
+        raise error
+
+    log = SiteLog("site-1", all_shown=True, show=refuse)
+    stream, file = pipe
+    log.keep(tmp_path / "log")
+    log.follow(stream)
+    for line in (b"rank 0: one\n", b"rank 1: two\n"):
+        file.write(line)
+        assert eventually(lambda line=line: (tmp_path / "log").read_bytes().endswith(line))
+    file.close()
+    log.close(10)
+    assert (log.last(0), log.last(1)) == (("one",), ("two",))
+
+
+def test_lines_that_find_the_disk_full_are_remembered(pipe):
+    log = SiteLog("site-1", all_shown=False, show=lambda line: None)
+    stream, file = pipe
+    log.keep(Path("/dev/full"))
+    log.follow(stream)
+    file.write(b"rank 0: one\nrank 0: two\n")
+    file.close()
+    log.close(10)
+    assert log.last(0) == ("one", "two")
+
+
+def test_a_disk_that_is_full_already_is_told(pipe):
+    log, _ = read(pipe, b"rank 0: one\n")
+    with pytest.raises(StorageError, match="^/dev/full could not be written: the disk is full"):
+        log.keep(Path("/dev/full"))
     log.close(10)
