@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 import shoal
 import shoal.sites.connection
-from process_table import open_files
-from shoal.errors import ConfigurationError, DataError, ShoalError
+from process_table import eventually, open_files
+from shoal.errors import ConfigurationError, DataError, ShoalError, StorageError
 from shoal.sites.address import Address
+from shoal.sites.log import SiteLog
 from site_jobs import Jobs, expected, said
 from support import Failing, Mlp, assert_equal, population, samples
 
@@ -130,6 +131,45 @@ class TestRounds:
             early, late = (sorted(kib[number] for number in part)[5] for part in (range(10, 21), range(90, 101)))
             assert late <= 1.02 * early, (pid, early, late)
         assert files[100] == files[10]
+
+
+class TestFullDisks:
+    def test_cost_lines_of_logs_and_not_the_run(self, jobs, tmp_path):
+        """A site's failure is told with its last lines all the same, from memory."""
+        errors = []
+
+        class Ends(shoal.Callback):
+            def on_client_end(self, round, client, error):
+                errors.extend(filter(None, [error]))
+
+        def fill(number):
+            if number == 1:
+                for site in PAIR:
+                    path = tmp_path / "run" / "sites" / f"{site}.log"
+                    assert eventually(lambda path=path: b"hello" in path.read_bytes())
+                    [row] = [row for row in open_files() if row.endswith(str(path))]
+                    with Path("/dev/full").open("wb") as full:
+                        os.dup2(full.fileno(), int(row.split()[0]), inheritable=False)
+
+        faults = {"site-2": {"does": "raise", "round": 2}}
+        job = jobs.job(PAIR, faults=faults, on_failure="continue", min_sites=1)
+        result = job.run(run_dir=tmp_path / "run", callbacks=[AtRound(fill), Ends()])
+        wanted = expected({"site-1": range(1, 5), "site-2": [1]})
+        np.testing.assert_allclose(result.params["w"], wanted, atol=1e-6)
+        assert "RuntimeError: the user's own error" in said(errors[0])
+        for site in PAIR:
+            assert (tmp_path / "run" / "sites" / f"{site}.log").read_text() == f"rank 0: hello from {site}\n"
+
+    def test_are_told_before_the_first_round(self, jobs, tmp_path, monkeypatch):
+        keep = SiteLog.keep
+
+        def full(log, path):
+            assert eventually(lambda: log.last(0))
+            keep(log, Path("/dev/full"))
+
+        monkeypatch.setattr(SiteLog, "keep", full)
+        with pytest.raises(StorageError, match="^/dev/full could not be written: the disk is full"):
+            jobs.job(PAIR).run(run_dir=tmp_path / "run")
 
 
 class Stranger:

@@ -122,9 +122,9 @@ def run_experiment(
 
 def _run(plan: Plan, run_dir: str | Path | None, *, resume: bool, callbacks: Sequence[Callback]) -> FederationResult:
     folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
-    if folder is not None and isinstance(plan.engine, SitesEngine):
-        plan.engine.keep_logs(folder.path / SITE_LOGS)
     with RunStorage(folder, keep=plan.experiment.keep_checkpoints) as storage:
+        if folder is not None and isinstance(plan.engine, SitesEngine):
+            plan.engine.keep_logs(folder.path / SITE_LOGS)
         storage.save_partition(partition_picture(plan.shards.population))
         result = FederationLoop(plan, storage, callbacks).run()
     if isinstance(plan.engine, SitesEngine):
