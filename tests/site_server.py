@@ -1,4 +1,4 @@
-"""A program that runs a job of sites, as a user's does."""
+"""Programs that run a job of sites: one as a user's, and the command with an exported job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 
 import shoal
+import shoal.cli.main
 import shoal.federation.job
 from site_jobs import SCRIPT, START, site_of, start_quickly
 
@@ -29,6 +30,12 @@ def main():
     )
     result = job.run(run_dir=f"{folder}/run", resume=resume)
     print("RESULT", result.params["w"].tobytes().hex(), flush=True)
+
+
+def command():
+    """Is ``shoal`` with the arguments that it is given, whose sites' ranks are forked."""
+    shoal.federation.job.start_script = start_quickly
+    shoal.cli.main.main()
 
 
 if __name__ == "__main__":
