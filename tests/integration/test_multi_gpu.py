@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import shoal
 from shoal.data.catalogue.cifar10 import FOLDER, TEST, TRAIN
+from shoal.errors import RunInterrupted
 from shoal.federation.job_files import load_job
 from tracked import tensorboard_events
 
@@ -109,6 +112,26 @@ def test_an_exported_job_of_lightning_is_whole(exported):
     assert {"client.py", "data.py", "model.py"} <= {path.name for path in Path(job.script).parent.iterdir()}
     assert [(site.name, site.devices) for site in job.sites] == [("site-1", 1)]
     assert "--root_dir" not in job.args  # which is a run's
+
+
+@pytest.mark.parametrize("example", ["torch_ddp", "lightning_ddp"])
+def test_a_job_that_is_interrupted_says_how_it_can_go_on(example, images, tmp_path, monkeypatch, capsys):
+    def run(job, **options):
+        raise RunInterrupted(f"stopped after round 2; the state is saved in {options['run_dir']}")
+
+    monkeypatch.setattr(shoal.Job, "run", run)
+    monkeypatch.syspath_prepend(EXAMPLES / example)
+    for name in ("data", "model"):  # which the two examples call alike
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "argv", ["job.py", "--data_dir", str(images), "--run_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / example / "job.py"), run_name="__main__")
+    assert end.value.code == 130
+    told = (
+        f"job.py: stopped after round 2; the state is saved in {tmp_path}; to go on: the same command with --resume\n"
+    )
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.slow

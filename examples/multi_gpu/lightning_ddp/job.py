@@ -9,7 +9,7 @@ from pathlib import Path
 import shoal
 from data import at_hand
 from model import LitNet
-from shoal.errors import ShoalError
+from shoal.errors import RunInterrupted, ShoalError
 
 HERE = Path(__file__).parent
 
@@ -25,6 +25,9 @@ def main() -> None:
             train, _ = at_hand(args.data_dir)
             print(f"the images are those of {train.name}", flush=True)
             job.run(run_dir=args.run_dir, resume=args.resume, callbacks=[shoal.Progress()], verbose=args.verbose)
+    except RunInterrupted as interrupt:
+        print(f"job.py: {interrupt}; to go on: the same command with --resume", file=sys.stderr)
+        sys.exit(130)
     except (ShoalError, KeyboardInterrupt) as error:
         print(*getattr(error, "__notes__", ()), f"job.py: {error}", sep="\n", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
