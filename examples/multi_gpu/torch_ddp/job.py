@@ -9,7 +9,7 @@ from pathlib import Path
 import shoal
 from data import at_hand
 from model import Net
-from shoal.errors import RunInterrupted, ShoalError
+from shoal.errors import RunInterrupted, ShoalError, by_sigterm
 
 HERE = Path(__file__).parent
 
@@ -27,7 +27,7 @@ def main() -> None:
             job.run(run_dir=args.run_dir, resume=args.resume, callbacks=[shoal.Progress()], verbose=args.verbose)
     except RunInterrupted as interrupt:
         print(f"job.py: {interrupt}; to go on: the same command with --resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if by_sigterm(interrupt) else 130)
     except (ShoalError, KeyboardInterrupt) as error:
         print(*getattr(error, "__notes__", ()), f"job.py: {error}", sep="\n", file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)

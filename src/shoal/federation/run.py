@@ -21,7 +21,7 @@ from shoal.federation.result import FederationResult
 from shoal.federation.storage import RunStorage
 from shoal.federation.together import agree, follow
 from shoal.learners.base import Learner
-from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers
+from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers, sigterm_raised
 
 SITE_LOGS = "sites"
 """The folder with the sites' logs in that of the run."""
@@ -108,7 +108,7 @@ def run_experiment(
     """
     if experiment.trackers and run_dir is None:
         raise ConfigurationError("trackers follow the run folder: name one with run_dir=…")
-    with Workers.join():
+    with sigterm_raised(), Workers.join():
         if isinstance(experiment.engine, SitesEngine):
             experiment.engine.rounds = experiment.rounds
         plan = prepare(experiment)

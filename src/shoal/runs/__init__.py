@@ -3,7 +3,7 @@
 from shoal.runs.checkpoints import Checkpoint, Checkpoints, save_model
 from shoal.runs.files import write_json
 from shoal.runs.folder import RunData, RunFolder, is_run, read_run
-from shoal.runs.interrupts import deferred
+from shoal.runs.interrupts import deferred, sigterm_raised
 from shoal.runs.metrics import TIME_KEYS, USAGE_KEYS, MetricsLog, read_metrics
 from shoal.runs.report import report_on, write_report
 from shoal.runs.selection import Choice, Criteria, Selection
@@ -34,6 +34,7 @@ __all__ = [
     "require_tensorboard",
     "require_trackers",
     "save_model",
+    "sigterm_raised",
     "write_json",
     "write_report",
 ]

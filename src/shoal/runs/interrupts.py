@@ -7,7 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from shoal.errors import Terminated
 
 
 @contextmanager
@@ -33,6 +35,27 @@ def deferred(*signals: signal.Signals) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
         for signum, frame in pending[:1]:
             _deliver(before[signal.Signals(signum)], signum, frame)
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """Has SIGTERM end the block as Ctrl-C does, so that what it keeps is saved; where nobody else handles it.
+
+    Raises:
+        Terminated: It came.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
 
 
 def _deliver(handler: Any, signum: int, frame: FrameType | None) -> None:

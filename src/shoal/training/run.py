@@ -14,7 +14,7 @@ from shoal.description import describe
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.learners.base import Learner, OngoingTraining, TrainableLearner
-from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers
+from shoal.runs import RunFolder, environment, require_tensorboard, require_trackers, sigterm_raised
 from shoal.training.callbacks import TrainingCallback
 from shoal.training.definition import Settings, Training
 from shoal.training.loop import TrainingLoop
@@ -106,7 +106,10 @@ def run_training(
     if held_out is not None:
         learner.check(held_out)
         _check_metric(plan, held_out)
-    with learner.training(data, epochs=plan.epochs, seed=plan.seed, scale_lr=plan.scale_lr) as ongoing:
+    with (
+        sigterm_raised(),
+        learner.training(data, epochs=plan.epochs, seed=plan.seed, scale_lr=plan.scale_lr) as ongoing,
+    ):
         leads = ongoing.rank == 0
         folder = recording = None
         if leads and run_dir is not None:
