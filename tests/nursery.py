@@ -23,20 +23,18 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 PRELOADED = (
     "federations",
+    "forked",
     "plotly.graph_objects",
     "plotly.io",
     "rank_trainings",
     "safetensors.numpy",
     "scipy.signal",
-    "shoal.cli.main",
     "shoal.engines.torch_group",
     "shoal.experiments",
     "shoal.learners.torch",
-    "shoal.learners.torch_launch",
     "sklearn.datasets",
     "tensorboardX",
     "torch._dynamo",  # which the first step of an optimizer imports
-    "torch.distributed.launcher.api",
 )
 
 

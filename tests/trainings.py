@@ -1,9 +1,7 @@
-"""A training that tests run, kill and resume: digits at a pace that leaves time for it; and a quick command."""
+"""A training that tests run, kill and resume: digits at a pace that leaves time for it."""
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from functools import partial
 
@@ -66,22 +64,3 @@ def training(*, pause: float = 0.0, fail_at: int = 0, seed: int = 0) -> shoal.Tr
         devices=shoal.Devices(accelerator="cpu", threads=1),
     )
     return shoal.Training(name="paced", learner=learner, data=train, evaluate=test, epochs=3, seed=seed)
-
-
-def command():
-    """Is ``shoal`` in a process that has everything imported; the ranks that it starts are forked from it."""
-    from shoal.cli.main import main
-    from shoal.learners import torch_launch
-
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # says which of them it ends
-    launch_ranks = torch_launch.launch_ranks
-
-    def launch_forked(words, **options):
-        def rank():
-            sys.argv[1:] = words[3:]  # without python -m shoal
-            main()
-
-        launch_ranks(rank, **options)
-
-    torch_launch.launch_ranks = launch_forked
-    main()

@@ -55,7 +55,7 @@ def quickly(forked):
     """Runs the command in a process that is forked with everything imported."""
 
     def quickly(*arguments, cwd):
-        return forked("shoal.cli.main:main", *arguments, cwd=cwd, COLUMNS="100")
+        return forked("forked:command", *arguments, cwd=cwd, COLUMNS="100")
 
     return quickly
 

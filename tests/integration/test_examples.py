@@ -24,7 +24,7 @@ def test_quickstart(forked, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "compared.html").exists()
     settings = ["--set", "alpha=0.1", "--set", "algorithm=fedprox", "--set", "algorithm.mu=0.1", "--rounds", "2"]
-    done = forked("shoal.cli.main:main", "federate", folder / "experiment.py", *settings, cwd=tmp_path)
+    done = forked("forked:command", "federate", folder / "experiment.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -68,7 +68,7 @@ def test_the_python_on_a_page_runs_from_top_to_bottom(forked, page, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
     code = re.sub(r"rounds=\d+", "rounds=2", "\n".join(blocks))
-    done = forked("scripts:strict", code, cwd=tmp_path)
+    done = forked("forked:strict", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -54,7 +54,7 @@ class Running:
         self._said = cwd / "said"
         if nursery is not None:
             words = ["train", *arguments]
-            child = nursery.start("trainings:command", output=self._said, arguments=words, cwd=cwd)
+            child = nursery.start("forked:command", output=self._said, arguments=words, cwd=cwd)
             self.pid, self._wait = child.pid, child.wait
             return
         with self._said.open("w") as said:
