@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -70,11 +72,12 @@ def test_mlflow_keeps_each_round_once_in_the_run_folder_also_after_a_resume(tmp_
     log.truncate(2)  # as a resume does, whose checkpoint is of round 2
     for round in (3, 4):
         log.append(record(round))
-    (first,) = mlflow_runs(run)
-    assert first["status"] == "KILLED"
+    with contextlib.closing(sqlite3.connect(run / "mlflow" / "mlflow.db")) as store:
+        ((first, status),) = store.execute("SELECT run_uuid, status FROM runs")
+    assert status == "KILLED"
     assert follow("mlflow", run) is None
     (found,) = mlflow_runs(run)
-    assert found["id"] == first["id"]
+    assert found["id"] == first
     assert (found["experiment"], found["name"], found["status"]) == ("a/b", "run", "FINISHED")
     assert found["tags"]["shoal.name"] == "a/b"
     assert found["params"]["identity.algorithm.name"] == "FedAvg"
