@@ -23,12 +23,17 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 PRELOADED = (
     "federations",
+    "forked",
     "plotly.graph_objects",
+    "plotly.io",
     "rank_trainings",
     "safetensors.numpy",
-    "shoal.cli.main",
+    "scipy.signal",
     "shoal.engines.torch_group",
     "shoal.experiments",
+    "shoal.learners.torch",
+    "sklearn.datasets",
+    "tensorboardX",
     "torch._dynamo",  # which the first step of an optimizer imports
 )
 
@@ -78,12 +83,13 @@ class Nursery:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())
 
-    def start(self, run, *, output, arguments=(), environment=None, cwd=".", settings=None, host=None):
+    def start(self, run, *, output, errors=None, arguments=(), environment=None, cwd=".", settings=None, host=None):
         """Starts a process.
 
         Args:
             run: The function to run, as ``module:name``.
             output: The file for what it writes.
+            errors: The file for what it writes to standard error, where that is not to be the same.
             arguments: ``sys.argv[1:]``.
             environment: Set, on top of this process's.
             cwd: Where.
@@ -91,8 +97,8 @@ class Nursery:
             host: The network namespace to run in, as on a machine of that name.
         """
         pid = self.ask(
-            run=run, output=str(output), arguments=[*map(str, arguments)], environment=environment or {}, cwd=str(cwd),
-            settings=settings or {}, host=host,
+            run=run, output=str(output), errors=str(errors or output), arguments=[*map(str, arguments)],
+            environment=environment or {}, cwd=str(cwd), settings=settings or {}, host=host,
         )  # fmt: skip
         return Child(self, pid, Path(output))
 
@@ -118,9 +124,10 @@ def become(request):
         move_to(request["host"])
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    output, errors = (os.open(request[stream], flags, 0o644) for stream in ("output", "errors"))
     nothing = os.open(os.devnull, os.O_RDONLY)
-    for number, target in ((nothing, 0), (output, 1), (output, 2)):
+    for number, target in ((nothing, 0), (output, 1), (errors, 2)):
         os.dup2(number, target)
     sys.argv[1:] = request["arguments"]
     for name, value in request["settings"].items():

@@ -43,7 +43,7 @@ class Deep(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(FEATURES, 8)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), Noted(8, 8), nn.Tanh()) for _ in range(6))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), Noted(8, 8), nn.Tanh()) for _ in range(3))
         self.last = nn.Linear(8, CLASSES)
         self.scale = nn.Parameter(torch.ones(3))
 
@@ -147,7 +147,7 @@ def train(job, world=1):
         accumulate=accumulate,
         devices=shoal.Devices(strategy, accelerator="cpu", threads=1, precision=precision),
     )
-    settings = {"epochs": 6, "evaluate": samples(23, seed=5), "tensorboard": False, "seed": 3, **job}
+    settings = {"epochs": 4, "evaluate": samples(23, seed=5), "tensorboard": False, "seed": 3, **job}
     return shoal.train(one, data, **settings)
 
 

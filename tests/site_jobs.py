@@ -34,6 +34,7 @@ def start_quickly(script, args):
 
     def body(site):
         sys.argv = [script, *args, *site.args]
+        sys.path.insert(0, str(Path(script).parent))
         try:
             runpy.run_path(script, run_name="__main__")
         except SystemExit:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from hosts import linked_hosts, why_not
@@ -15,6 +17,23 @@ def nursery():
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+@pytest.fixture
+def forked(nursery, tmp_path_factory):
+    """Runs a function as a command that has everything imported when it starts; returns what came of it."""
+
+    def run(function, *arguments, cwd, **environment):
+        folder = tmp_path_factory.mktemp("forked")
+        child = nursery.start(
+            function, output=folder / "output", errors=folder / "errors", arguments=arguments, cwd=cwd,
+            environment=environment,
+        )  # fmt: skip
+        code = child.wait(120)
+        said = [(folder / stream).read_text() for stream in ("output", "errors")]
+        return subprocess.CompletedProcess([function, *arguments], code, *said)
+
+    return run
 
 
 @pytest.fixture(scope="session")

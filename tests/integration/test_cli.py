@@ -1,4 +1,4 @@
-"""The command as a user meets it: real processes, their output and exit codes."""
+"""The command as a user meets it: processes, their output and exit codes."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ def refuse(monkeypatch, capfd, tmp_path):
     return refuse
 
 
+@pytest.fixture
+def quickly(forked):
+    """Runs the command in a process that is forked with everything imported."""
+
+    def quickly(*arguments, cwd):
+        return forked("forked:command", *arguments, cwd=cwd, COLUMNS="100")
+
+    return quickly
+
+
 def files_below(folder: Path):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -85,29 +95,29 @@ def test_demo_shows_its_rounds_and_leaves_a_run_folder(demo):
     assert {"accuracy", "loss", "seconds", "clients", "bytes_up", "bytes_down"} <= set(records[0])
 
 
-def test_the_next_demo_gets_a_folder_of_its_own_and_the_same_numbers(demo):
+def test_the_next_demo_gets_a_folder_of_its_own_and_the_same_numbers(demo, quickly):
     _, folder = demo
-    again = shoal("demo", "--rounds", 3, "--set", "client_validation=0.2", cwd=folder)
+    again = quickly("demo", "--rounds", 3, "--set", "client_validation=0.2", cwd=folder)
     assert again.returncode == 0, again.stderr
     models = [(folder / "runs" / name / "model.safetensors").read_bytes() for name in ("digits-0001", "digits-0002")]
     assert models[0] == models[1]
 
 
-def test_a_finished_run_goes_on_with_more_rounds(demo):
+def test_a_finished_run_goes_on_with_more_rounds(demo, quickly):
     _, folder = demo
     run = "runs/digits-0001"
-    refused = shoal("demo", "--rounds", 4, "--set", "client_validation=0.2", "--run-dir", run, cwd=folder)
+    refused = quickly("demo", "--rounds", 4, "--set", "client_validation=0.2", "--run-dir", run, cwd=folder)
     assert refused.returncode == 2
     assert "holds this run already: add --resume" in refused.stderr
-    resumed = shoal("demo", "--rounds", 4, "--set", "client_validation=0.2", "--run-dir", run, "--resume", cwd=folder)
+    resumed = quickly("demo", "--rounds", 4, "--set", "client_validation=0.2", "--run-dir", run, "--resume", cwd=folder)
     assert resumed.returncode == 0, resumed.stderr
     assert re.findall(r"^round (\d)/4", resumed.stdout, re.M) == ["4"]
-    other = shoal("demo", "--rounds", 4, "--seed", 1, "--run-dir", run, "--resume", cwd=folder)
+    other = quickly("demo", "--rounds", 4, "--seed", 1, "--run-dir", run, "--resume", cwd=folder)
     assert other.returncode == 2
     assert "belongs to another configuration" in other.stderr
 
 
-def test_a_truncated_checkpoint_is_said_and_the_one_before_it_used(demo):
+def test_a_truncated_checkpoint_is_said_and_the_one_before_it_used(demo, quickly):
     _, folder = demo
     shutil.copytree(folder / "runs/digits-0001", folder / "damaged")
     newest = max((folder / "damaged/checkpoints").glob("round-*"))
@@ -115,7 +125,7 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_it_used(demo):
     tensors = newest / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:1000])
     words = ["--rounds", number, "--set", "client_validation=0.2", "--run-dir", "damaged", "--resume"]
-    done = shoal("demo", *words, cwd=folder)
+    done = quickly("demo", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert f"checkpoint {newest.name} is damaged (state.safetensors is not the file that was written)" in done.stdout
     assert f"going on from round-{number - 1:06d}" in done.stdout
@@ -124,10 +134,10 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_it_used(demo):
     assert same[0] == same[1]
 
 
-def test_reports_of_one_run_and_of_several(demo):
+def test_reports_of_one_run_and_of_several(demo, quickly):
     _, folder = demo
-    one = shoal("report", "runs/digits-0001", "-o", "one.html", cwd=folder)
-    two = shoal("report", "runs/digits-0001", "runs/digits-0001", cwd=folder)
+    one = quickly("report", "runs/digits-0001", "-o", "one.html", cwd=folder)
+    two = quickly("report", "runs/digits-0001", "runs/digits-0001", cwd=folder)
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert (folder / "one.html").exists()
     assert "2 runs compared" in (folder / "report.html").read_text()
@@ -171,8 +181,8 @@ def experiment(tmp_path):
     return tmp_path
 
 
-def test_an_experiment_file_and_its_settings(experiment):
-    done = shoal(
+def test_an_experiment_file_and_its_settings(experiment, quickly):
+    done = quickly(
         "federate", "mine.py", "--clients", 8, "--cohort", 2, "--set", "algorithm=fedprox", "--set", "algorithm.mu=0.5",
         "--set", "learner.epochs=2", "--set", "lr=0.2", "--seed", 5, "--engine", "sequential", "--device", "cpu",
         "--run-dir", "run", cwd=experiment,
@@ -244,8 +254,8 @@ def test_names_that_do_not_exist(refuse, arguments, message, tmp_path):
     assert files_below(tmp_path) == ["empty.py"]
 
 
-def test_a_failing_client_shows_its_own_traceback(experiment):
-    done = shoal("federate", "mine.py", "--set", "bad=raise", cwd=experiment)
+def test_a_failing_client_shows_its_own_traceback(experiment, quickly):
+    done = quickly("federate", "mine.py", "--set", "bad=raise", cwd=experiment)
     assert done.returncode == 1
     assert 'mine.py", line' in done.stderr
     assert "ZeroDivisionError: the user's own loss" in done.stderr
@@ -253,7 +263,7 @@ def test_a_failing_client_shows_its_own_traceback(experiment):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, experiment):
+def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, experiment, quickly):
     words = [
         "federate",
         "mine.py",
@@ -287,7 +297,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(number, code, experiment
     resume = last.partition("to go on: shoal ")[2].split()
     assert resume == [*words, "--run-dir", "runs/mine-0001", "--resume"]
     resume[resume.index("100000")] = str(done + 2)
-    finished = shoal(*resume, cwd=experiment)
+    finished = quickly(*resume, cwd=experiment)
     assert finished.returncode == 0, finished.stderr
     assert f"round {done + 1}/{done + 2}" in finished.stdout
 
@@ -309,10 +319,10 @@ def test_demo_takes_every_option_of_federate():
     assert ["--set"] in [opts for opts, _ in options("demo").values()]
 
 
-def test_doctor_speaks_json_and_english(tmp_path):
-    spoken = shoal("doctor", cwd=tmp_path)
+def test_doctor_speaks_json_and_english(tmp_path, quickly):
+    spoken = quickly("doctor", cwd=tmp_path)
     assert spoken.returncode == 0, spoken.stderr
-    found = json.loads(shoal("doctor", "--json", cwd=tmp_path).stdout)
+    found = json.loads(quickly("doctor", "--json", cwd=tmp_path).stdout)
     assert found["torch"]["version"] in spoken.stdout
     assert found["memory"]["available"] > 0
     assert found["torch"]["gloo"] is True

@@ -18,13 +18,13 @@ def run(words, cwd):
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
 
 
-def test_quickstart(tmp_path):
+def test_quickstart(forked, tmp_path):
     folder = ROOT / "examples" / "quickstart"
     done = run([sys.executable, str(folder / "federate.py"), "--rounds", "3"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "compared.html").exists()
     settings = ["--set", "alpha=0.1", "--set", "algorithm=fedprox", "--set", "algorithm.mu=0.1", "--rounds", "2"]
-    done = run([sys.executable, "-m", "shoal", "federate", str(folder / "experiment.py"), *settings], tmp_path)
+    done = forked("forked:command", "federate", folder / "experiment.py", *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -64,11 +64,11 @@ def test_scaling_refuses_what_cannot_be(words, message, tmp_path):
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guides/federate.md", "docs/guides/engines.md"])
-def test_the_python_on_a_page_runs_from_top_to_bottom(page, tmp_path):
+def test_the_python_on_a_page_runs_from_top_to_bottom(forked, page, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)
     assert blocks
     code = re.sub(r"rounds=\d+", "rounds=2", "\n".join(blocks))
-    done = run([sys.executable, "-W", "error", "-c", code], tmp_path)
+    done = forked("forked:strict", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ import pytest
 pytest.importorskip("lightning")
 
 import lightning_ranks
-from launches import TESTS, Launch
+from launches import Launch
 from lightning_ranks import FITS, STRATEGIES
 
 TRAINED = ("ddp", "fsdp in units")
@@ -124,22 +121,10 @@ def training(*, seed: int = 0):
 """
 
 
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """Returns a function that runs ``shoal train`` on an experiment with a LightningModule."""
+def test_the_command_starts_ranks_for_it(forked, tmp_path):
     (tmp_path / "lit.py").write_text(EXPERIMENT)
-    monkeypatch.setenv("PYTHONPATH", f"{TESTS}:{Path(lightning_ranks.shoal.__file__).parents[1]}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def run(*words):
-        arguments = [sys.executable, "-m", "shoal", "train", "lit.py", *map(str, words)]
-        return subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-
-    return run
-
-
-def test_the_command_starts_ranks_for_it(command, tmp_path):
-    done = command("--devices", 2, "--strategy", "ddp", "--accelerator", "cpu", "--run-dir", "run", "--batch-size", 8)
+    words = ["--devices", 2, "--strategy", "ddp", "--accelerator", "cpu", "--run-dir", "run", "--batch-size", 8]
+    done = forked("forked:command", "train", "lit.py", *words, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "batch: 8 examples a device × 2 devices = 16 a step (ddp, fp32)" in done.stdout
     assert len(re.findall(r"^epoch \d/2 · ", done.stdout, re.M)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 pytest.importorskip("lightning")
 
 import shoal
+import shoal.federation.job
 from lightning_site import SIZES, Predicting, data_of, held_out
 from shoal import trees
 from shoal.types import Broadcast, LocalObjective, ModelState
+from site_jobs import start_quickly
 from support import assert_equal
 
 SCRIPT = Path(__file__).parents[1] / "lightning_site.py"
@@ -27,7 +30,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("lightning sites")]
 
 
 def run(folder):
-    """Runs a federation of two sites with two ranks each; returns its result, and what each rank wrote of its turns."""
+    """Runs a federation of two sites with two ranks each; returns its result, and what each rank wrote of its turns.
+
+    The ranks are forked, so that Lightning is imported once; those that a user starts are in ``test_multi_gpu``.
+    """
     environment = {"OMP_NUM_THREADS": "1"}
     job = shoal.Job(
         "lightning",
@@ -39,7 +45,10 @@ def run(folder):
         rounds=ROUNDS,
         accelerator="cpu",
     )
-    result = job.run()
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        patched.setattr(shoal.federation.job, "start_script", start_quickly)
+        warnings.simplefilter("ignore")  # Lightning's, which in a process of the user's are no errors
+        result = job.run()
     ranks = [(site, rank) for site in STRATEGIES for rank in range(2)]
     return result, {key: json.loads((folder / f"{key[0]}-{key[1]}.json").read_text()) for key in ranks}
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from launches import free_port, wait_for
+from process_table import children
 from shoal.cli.main import main
 from support import timeless
 
@@ -41,39 +42,62 @@ def train(*arguments, cwd):
 
 
 class Running:
-    """A command under way; its processes are gone at the end of the context."""
+    """A command under way; its processes are gone at the end of the context.
 
-    def __init__(self, *arguments, cwd):
-        self.log = (cwd / "said").open("w+")
-        self.process = subprocess.Popen(
-            command(*arguments), cwd=cwd, env=environment(), stdout=self.log, stderr=self.log, process_group=0
-        )
+    Args:
+        arguments: Of the command.
+        cwd: Where it runs, and what it says is written.
+        nursery: Forks it and its ranks; None to start them as a user does, which takes seconds for each.
+    """
+
+    def __init__(self, *arguments, cwd, nursery=None):
+        self._said = cwd / "said"
+        if nursery is not None:
+            words = ["train", *arguments]
+            child = nursery.start("forked:command", output=self._said, arguments=words, cwd=cwd)
+            self.pid, self._wait = child.pid, child.wait
+            return
+        with self._said.open("w") as said:
+            process = subprocess.Popen(
+                command(*arguments), cwd=cwd, env=environment(), stdout=said, stderr=said, process_group=0
+            )
+        self.pid, self._wait = process.pid, process.wait
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for pid in [*self.ranks(), self.process.pid]:
+        for pid in [*self.ranks(), self.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        self.process.wait(10)
-        self.log.close()
+        self._wait(10)
 
     def ranks(self):
         """The ranks' processes."""
-        found = subprocess.run(
-            ["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True, timeout=10
-        ).stdout.split()
-        return [int(pid) for pid in found]
+        return children(self.pid)
+
+    def send(self, number):
+        os.kill(self.pid, number)
 
     def wait(self):
         """Returns the exit code, what was said, and after how many seconds."""
         started = time.monotonic()
-        code = self.process.wait(TIMEOUT)
-        self.log.seek(0)
-        return code, self.log.read(), time.monotonic() - started
+        code = self._wait(TIMEOUT)
+        return code, self._said.read_text(), time.monotonic() - started
+
+
+@pytest.fixture
+def finish(nursery):
+    """Runs the command to its end in a process that is forked; fails unless it succeeds."""
+
+    def finish(*arguments, cwd):
+        with Running(*arguments, cwd=cwd, nursery=nursery) as running:
+            code, told, _ = running.wait()
+        assert code == 0, told
+
+    return finish
 
 
 def steps(run):
@@ -117,20 +141,21 @@ def test_a_training_says_what_it_does_and_leaves_a_run_folder(reference):
     assert steps(folder / "run")[-1] == 69
 
 
-def test_two_ranks_equal_one_device_with_the_same_batch(reference, tmp_path):
+def test_two_ranks_equal_one_device_with_the_same_batch(reference, finish, tmp_path):
     folder, _ = reference
-    done = train(EXPERIMENT, "--batch-size", 64, "--run-dir", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    finish(EXPERIMENT, "--batch-size", 64, "--run-dir", "run", cwd=tmp_path)
     assert furthest(folder / "run", tmp_path / "run") < 1e-6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_rank_ends_the_command_soon_and_resume_equals_no_interruption(reference, tmp_path, rank):
+@pytest.mark.parametrize(("rank", "forked"), [(0, False), (1, True)])
+def test_a_killed_rank_ends_the_command_soon_and_resume_equals_no_interruption(
+    reference, nursery, finish, tmp_path, rank, forked
+):
     folder, _ = reference
     chance = random.Random(rank)
     arguments = (EXPERIMENT, "--devices", 2, "--run-dir", "run", "--checkpoint-every", 5)
-    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path) as running:
+    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path, nursery=nursery if forked else None) as running:
         until = chance.randrange(1, 40)
         wait_for(lambda: max(steps(tmp_path / "run"), default=0) >= until, TIMEOUT)
         time.sleep(chance.random() * 0.3)
@@ -140,8 +165,7 @@ def test_a_killed_rank_ends_the_command_soon_and_resume_equals_no_interruption(r
     assert seconds < SOON
     assert re.search(rf"^shoal: error: rank {rank} \(process \d+\) was ended by SIGKILL$", told, re.M), told
     assert "Traceback" not in told
-    resumed = train(*arguments, "--resume", cwd=tmp_path)
-    assert resumed.returncode == 0, resumed.stderr
+    finish(*arguments, "--resume", cwd=tmp_path)
     same_run(folder / "run", tmp_path / "run")
 
 
@@ -154,9 +178,16 @@ def test_a_rank_that_raises_is_named_with_its_last_lines(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_signal_ends_all_ranks_and_the_run_goes_on(reference, tmp_path, number, devices):
+@pytest.mark.parametrize(
+    ("number", "devices", "forked"),
+    [
+        (signal.SIGINT, 2, False),
+        (signal.SIGTERM, 2, True),
+        (signal.SIGINT, 1, True),
+        (signal.SIGTERM, 1, True),
+    ],
+)
+def test_a_signal_ends_all_ranks_and_the_run_goes_on(reference, nursery, finish, tmp_path, number, devices, forked):
     folder, _ = reference
     arguments = (
         EXPERIMENT,
@@ -169,16 +200,16 @@ def test_a_signal_ends_all_ranks_and_the_run_goes_on(reference, tmp_path, number
         "--checkpoint-every",
         5,
     )
-    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path) as running:
+    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path, nursery=nursery if forked else None) as running:
         wait_for(lambda: steps(tmp_path / "run"), TIMEOUT)
         ranks = running.ranks()
-        running.process.send_signal(number)
+        running.send(number)
         code, told, seconds = running.wait()
         assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     assert code == (130 if number == signal.SIGINT else 143)
     assert seconds < SOON
     assert re.search(r"stopped after step \d+; .*to go on: shoal train .* --resume", told), told
-    assert train(*arguments, "--resume", cwd=tmp_path).returncode == 0
+    finish(*arguments, "--resume", cwd=tmp_path)
     assert furthest(folder / "run", tmp_path / "run") < 1e-6
 
 
@@ -188,17 +219,20 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path):
         wait_for((tmp_path / "run" / "config.json").exists, TIMEOUT)
         ranks = running.ranks()
         assert len(ranks) == 2
-        running.process.kill()
+        running.send(signal.SIGKILL)
         wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), SOON)
 
 
 @pytest.mark.slow
-def test_two_trainings_at_once_do_not_meet(reference, tmp_path):
+def test_two_trainings_at_once_do_not_meet(reference, nursery, tmp_path):
     folder, _ = reference
     arguments = (EXPERIMENT, "--devices", 2)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    with Running(*arguments, cwd=tmp_path / "a") as first, Running(*arguments, cwd=tmp_path / "b") as second:
+    with (
+        Running(*arguments, cwd=tmp_path / "a", nursery=nursery) as first,
+        Running(*arguments, cwd=tmp_path / "b", nursery=nursery) as second,
+    ):
         for running in (first, second):
             code, told, _ = running.wait()
             assert code == 0, told
@@ -207,15 +241,15 @@ def test_two_trainings_at_once_do_not_meet(reference, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_nodes_equal_one(reference, tmp_path):
+def test_two_nodes_equal_one(reference, nursery, tmp_path):
     folder, _ = reference
     place = f"127.0.0.1:{free_port()}"
     arguments = (EXPERIMENT, "--nodes", 2, "--rendezvous", place, "--run-dir", tmp_path / "run")
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with (
-        Running(*arguments, "--node-rank", 0, cwd=tmp_path / "a") as first,
-        Running(*arguments, "--node-rank", 1, cwd=tmp_path / "b") as second,
+        Running(*arguments, "--node-rank", 0, cwd=tmp_path / "a", nursery=nursery) as first,
+        Running(*arguments, "--node-rank", 1, cwd=tmp_path / "b", nursery=nursery) as second,
     ):
         codes = [first.wait()[0], second.wait()[0]]
     assert codes == [0, 0]
@@ -255,8 +289,8 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch, capfd, arg
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("late", [0, 1, None])
-def test_a_refusal_of_the_ranks_is_one_line_too(tmp_path, late):
+@pytest.mark.parametrize(("late", "forked"), [(0, True), (1, True), (None, False)])
+def test_a_refusal_of_the_ranks_is_one_line_too(nursery, tmp_path, late, forked):
     (tmp_path / "late.py").write_text(
         f"""
 import os, time
@@ -266,16 +300,20 @@ def training():
     return load_training("digits")()
 """
     )
-    done = train("late.py", "--devices", 2, "--accelerator", "cpu", "--set", "learner.clip_norm=-1", cwd=tmp_path)
-    assert done.returncode == 2
+    arguments = ("late.py", "--devices", 2, "--accelerator", "cpu", "--set", "learner.clip_norm=-1")
+    with Running(*arguments, cwd=tmp_path, nursery=nursery if forked else None) as running:
+        code, told, _ = running.wait()
+    assert code == 2, told
     said = "shoal: error: clip_norm must be > 0, not -1.0; None means no limit"
     # Whichever comes to it first, or both do before either is ended: one of them is heard, once.
-    assert done.stderr.strip() in [f"rank {rank}: {said}" for rank in (0, 1)]
+    assert told.strip() in [f"rank {rank}: {said}" for rank in (0, 1)]
     assert not list((tmp_path / "runs").iterdir())
 
 
-def test_another_batch_is_refused_at_a_resume(reference):
+def test_another_batch_is_refused_at_a_resume(reference, nursery):
     folder, _ = reference
-    done = train(EXPERIMENT, "--batch-size", 16, "--run-dir", "run", "--resume", cwd=folder)
-    assert done.returncode == 2
-    assert "effective_batch" in done.stderr
+    arguments = (EXPERIMENT, "--batch-size", 16, "--run-dir", "run", "--resume")
+    with Running(*arguments, cwd=folder, nursery=nursery) as running:
+        code, told, _ = running.wait()
+    assert code == 2, told
+    assert "effective_batch" in told

@@ -31,7 +31,7 @@ def test_every_number_is_measured(model, engine):
 
 @pytest.mark.slow
 def test_a_process_for_each_client_is_measured_too_and_takes_far_longer():
-    found = simulate(model="logistic", engine="sequential", baseline="spawn", **SMALL | {"rounds": 1})
+    found = simulate(model="logistic", engine="sequential", baseline="spawn", **SMALL | {"rounds": 1, "cohort": 2})
     assert found.baseline_ratio > 10
 
 

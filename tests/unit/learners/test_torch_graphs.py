@@ -103,8 +103,17 @@ def assert_replays_equal(make, clients, *, rounds=6, blocks=((0, 1, 2, 3, 4), (5
     return recorder
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
-@pytest.mark.parametrize("model", ["mlp", "batch_norm", "transformer", "lstm"])
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        ("mlp", torch.optim.SGD),
+        ("mlp", torch.optim.AdamW),
+        ("batch_norm", partial(torch.optim.SGD, momentum=0.9)),
+        ("batch_norm", torch.optim.AdamW),
+        ("transformer", torch.optim.AdamW),
+        ("lstm", partial(torch.optim.SGD, momentum=0.9)),
+    ],
+)
 def test_a_replay_ends_with_the_bits_of_the_block_itself(model, optimizer):
     clients = images((9,) * 7)
     make = partial(learner, MODELS[model], optimizer=partial(optimizer, lr=0.05), epochs=2, train_metrics=True)
