@@ -148,14 +148,13 @@ def test_two_ranks_equal_one_device_with_the_same_batch(reference, finish, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("rank", "forked"), [(0, False), (1, True)])
-def test_a_killed_rank_ends_the_command_soon_and_resume_equals_no_interruption(
-    reference, nursery, finish, tmp_path, rank, forked
-):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_command_soon_and_resume_equals_no_interruption(reference, finish, tmp_path, rank):
+    # Not forked: of ranks that are, torch's launcher tells one that has ended, and not the first.
     folder, _ = reference
     chance = random.Random(rank)
     arguments = (EXPERIMENT, "--devices", 2, "--run-dir", "run", "--checkpoint-every", 5)
-    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path, nursery=nursery if forked else None) as running:
+    with Running(*arguments, "--set", "pause=0.05", cwd=tmp_path) as running:
         until = chance.randrange(1, 40)
         wait_for(lambda: max(steps(tmp_path / "run"), default=0) >= until, TIMEOUT)
         time.sleep(chance.random() * 0.3)
