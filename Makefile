@@ -14,10 +14,11 @@ demo: $(VENV)/demo  ## install and federate a small CNN over 100 clients
 	$(BIN)/shoal demo
 
 test: $(VENV)/test lint types  ## install and run the whole check
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --ignore tests/keras_models
+	$(BIN)/pytest tests/keras_models # with TensorFlow, apart from the processes that fork
 
 quick: $(VENV)/test  ## the tests that take no more than a few seconds each
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --ignore tests/keras_models
 
 lint: $(VENV)/test  ## style and import contracts
 	$(BIN)/ruff check .

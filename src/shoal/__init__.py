@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.algorithms import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi
     from shoal.devices import Devices
     from shoal.federation import Callback, Experiment, FederationResult, Job, Progress, federate, run_experiment
+    from shoal.learners.keras import KerasLearner
     from shoal.learners.lightning import LightningLearner
     from shoal.learners.schedules import WarmupCosine
     from shoal.learners.torch import TorchLearner, scale_pixels
@@ -50,6 +51,7 @@ __all__ = [
     "FedYogi",
     "FederationResult",
     "Job",
+    "KerasLearner",
     "LightningLearner",
     "LocalObjective",
     "ModelState",
@@ -79,6 +81,7 @@ _HOMES = {
     "shoal.devices": ("Devices",),
     "shoal.federation": ("Callback", "Experiment", "FederationResult", "Job", "Progress", "federate", "run_experiment"),
     "shoal.sites": ("Deadlines", "Site"),
+    "shoal.learners.keras": ("KerasLearner",),
     "shoal.learners.lightning": ("LightningLearner",),
     "shoal.learners.torch": ("TorchLearner", "scale_pixels"),
     "shoal.learners.schedules": ("WarmupCosine",),

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from shoal.errors import ConfigurationError, unknown_name
 
-Strategy = Literal["single", "dp", "ddp", "fsdp"]
+Strategy = Literal["single", "dp", "ddp", "fsdp", "mirrored"]
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -33,7 +33,8 @@ class Devices:
     """``single``: one device holds the model and all of the batch. ``dp``: one process, the model copied to each of
     several CUDA devices for each batch (torch's ``DataParallel``). ``ddp``: a process and a copy of the model for each
     device, gradients averaged (``DistributedDataParallel``). ``fsdp``: as ``ddp``, with parameters, gradients and
-    optimizer state divided among the devices (``fully_shard``)."""
+    optimizer state divided among the devices (``fully_shard``). ``mirrored``: one process, a copy of a Keras model on
+    each device, gradients summed (TensorFlow's ``MirroredStrategy``)."""
     count: int | None = None
     """How many devices, on all machines together; None for those that a launcher has started processes for, or with
     ``dp`` for all there are."""

@@ -21,7 +21,7 @@ from shoal.learners.base import ClientTrainer
 from shoal.learners.batches import batch_sizes, draw_seed
 from shoal.learners.schedules import Schedule
 from shoal.learners.torch_client import train_client
-from shoal.learners.torch_devices import autocast, computing, may_use_cuda, preload, resolve
+from shoal.learners.torch_devices import autocast, check_strategy, computing, may_use_cuda, preload, resolve
 from shoal.learners.torch_model import ModuleSource, ResidentModel, seeded
 from shoal.learners.torch_ranked import RankedTrainer
 from shoal.learners.torch_ranks import joined
@@ -126,6 +126,7 @@ class TorchLearner:
             raise ConfigurationError(f"accumulate={self.accumulate} divides a step in batches: give a batch_size")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ConfigurationError(f"clip_norm must be > 0, not {self.clip_norm}; None means no limit")
+        check_strategy(self.devices)
         if self.metrics and "loss" in self.metrics:
             raise ConfigurationError("a metric is named 'loss', as the task loss is: give it another name")
 

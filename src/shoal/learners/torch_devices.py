@@ -15,6 +15,16 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 """What products are computed in."""
 
 
+def check_strategy(devices: Devices) -> None:
+    """Refuses what is another framework's.
+
+    Raises:
+        ConfigurationError: It is.
+    """
+    if devices.strategy == "mirrored":
+        raise ConfigurationError("strategy 'mirrored' is TensorFlow's: with torch use 'ddp', or a shoal.KerasLearner")
+
+
 def resolve(devices: Devices) -> torch.device:
     """Returns the device that ``devices`` means for this process; with ``dp`` the first of several.
 
