@@ -80,11 +80,13 @@ def test_a_run_that_is_resumed_gives_the_same_bits(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_the_guides_program_learns(tmp_path):
+@pytest.mark.parametrize(("program", "wanted"), [("digits_keras.py", 0.85), ("keras_job.py", 0.85)])
+def test_the_guides_programs_learn(tmp_path, program, wanted):
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "tensorflow.md").read_text()
-    (tmp_path / "program.py").write_text(guide.split('```python title="digits_keras.py"\n')[1].split("```")[0])
+    for name, code in re.findall(r'```python title="(.+?)"\n(.+?)```', guide, re.DOTALL):
+        (tmp_path / name).write_text(code)
     done = subprocess.run(
-        [sys.executable, "program.py"],
+        [sys.executable, program],
         cwd=tmp_path,
         env=os.environ | {"KERAS_BACKEND": "tensorflow"},
         capture_output=True,
@@ -93,7 +95,7 @@ def test_the_guides_program_learns(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = re.search(r"metric='accuracy', value=([0-9.]+)", done.stdout)
-    assert float(found[1]) > 0.85
+    assert float(found[1]) > wanted
 
 
 def test_without_tensorflow_the_learner_says_what_to_install():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 
 import numpy as np
@@ -263,6 +264,7 @@ class TestSettings:
     def test_what_decides_the_numbers_is_told(self):
         told = [shoal.KerasLearner(model(optimizer=kind)).describe() for kind in (None, OPTIMIZERS["adam"])]
         assert told[0] != told[1]
+        json.dumps(told)
         assert told[0] == shoal.KerasLearner(model(), eval_batch_size=3).describe()
 
 
@@ -357,6 +359,11 @@ def test_no_example_is_refused():
         fitted(learner, examples=0)
     with pytest.raises(DataError, match="no example to evaluate on"):
         learner.evaluate(learner.init(0), data(0))
+
+
+def test_a_job_refuses_it_before_anything_is_forked():
+    with pytest.raises(ConfigurationError, match="a KerasLearner does not train at sites yet"):
+        shoal.Job("job", learner=shoal.KerasLearner(model()), sites=[shoal.Site("a", data=data())], rounds=1)
 
 
 def test_a_torch_learner_does_not_mirror():

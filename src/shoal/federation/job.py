@@ -121,6 +121,8 @@ class Job:
             )
 
     def _check_learner(self) -> None:
+        if why := getattr(self.learner, "not_at_sites", None):
+            raise ConfigurationError(why)
         for site in self.sites:
             if site.data is None:
                 raise ConfigurationError(f"{site.name} has no data for the learner: Site({site.name!r}, data=…)")

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -49,6 +49,11 @@ class KerasLearner:
         ConfigurationError: A value is out of its range, or the model cannot be trained.
     """
 
+    not_at_sites: ClassVar[str] = (
+        "a KerasLearner does not train at sites yet, whose ranks are forked: use shoal.federate with engine='process' "
+        "or 'sequential', or a script with shoal.client"
+    )
+    """Why a :class:`~shoal.Job` refuses it."""
     model: Callable[[], Any]
     """Makes and compiles the model. It is called with Python's generator seeded, from which Keras draws its seeds."""
     _: KW_ONLY
@@ -167,7 +172,7 @@ class KerasLearner:
         fields = dataclass_fields(self)
         kept = {name: fields[name] for name in fields if name not in ("devices", "eval_batch_size")}
         model = self.resident.model
-        compiled = {"optimizer": describe(model.optimizer.get_config()), "loss": describe(model.loss)}
+        compiled = {"optimizer": _settings(model.optimizer), "loss": _settings(model.loss)}
         return {"name": type(self).__name__, **kept, **compiled, "precision": self.devices.precision}
 
     @cached_property
@@ -280,6 +285,13 @@ class _Means:
     def means(self) -> dict[str, float]:
         """Returns those of all epochs."""
         return {name: total / self._count for name, total in self._sums.items()}
+
+
+def _settings(part: Any) -> Any:
+    """Returns an optimizer or a loss as JSON: Keras's objects by their class and settings."""
+    if hasattr(part, "get_config"):
+        return {"class": type(part).__name__, **describe(part.get_config())}
+    return describe(part)
 
 
 def _takes_classes(loss: Any) -> bool:
