@@ -18,16 +18,10 @@ from shoal.data import ArrayDataset
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.keras_backend import keras
-from shoal.learners.keras_devices import strategy_of
 from shoal.types import Broadcast, LocalObjective, ModelState
 from support import assert_equal
 
 LAYERS, CLASSES, FEATURES = keras.layers, 5, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def logical_devices():
-    strategy_of(Devices("mirrored", count=3, accelerator="cpu"))  # before TensorFlow starts with one
 
 
 def mirrored(count):
