@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -20,6 +21,7 @@ from shoal.learners.keras_backend import keras, tf
 from shoal.learners.keras_devices import check_strategy, started, strategy_of
 from shoal.learners.keras_model import ResidentModel, replicas
 from shoal.learners.keras_steps import Part, Steps
+from shoal.learners.keras_training import KerasTraining
 from shoal.types import Broadcast, ModelState, Params, Update
 
 
@@ -128,14 +130,44 @@ class KerasLearner:
 
     def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
         """Returns the loss and the compiled metrics, as means over ``data``."""
+        self.resident.load(model)
+        return self.measure(self._steps, data)
+
+    def measure(self, steps: Steps, data: Dataset) -> dict[str, float]:
+        """Returns the loss and the compiled metrics of a model that is in place, as means over ``data``.
+
+        Raises:
+            DataError: There is no example.
+        """
         if len(data) == 0:
             raise DataError("there is no example to evaluate on")
-        self.resident.load(model)
-        self._steps.begin()
+        steps.begin()
         sizes = batch_sizes(len(data), batch_size=self.eval_batch_size * self._replicas, epochs=1, steps=None)
-        for parts, counts in self._batches(data, np.arange(len(data)), sizes, self.eval_batch_size):
-            self._steps.evaluate(parts, counts)
-        return self._steps.means()
+        for parts, counts in self.batches(data, np.arange(len(data)), sizes, self.eval_batch_size):
+            steps.evaluate(parts, counts)
+        return steps.means()
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the targets are class indices, and the model's outputs scores of the classes."""
+        return _takes_classes(self.resident.model.loss)
+
+    @contextmanager
+    def training(self, data: Dataset, *, epochs: int, seed: int, scale_lr: bool = False) -> Iterator[KerasTraining]:
+        """Begins a training on the learner's devices, all of this process.
+
+        Args:
+            data: All examples.
+            epochs: Passes over them.
+            seed: Decides all randomness.
+            scale_lr: Whether the learning rate is multiplied by the number of devices.
+
+        Raises:
+            ConfigurationError: The devices cannot be used, or the learner has callbacks.
+            DataError: There are fewer examples than devices.
+        """
+        with closing(KerasTraining(self, data, epochs=epochs, seed=seed, scale_lr=scale_lr)) as training:
+            yield training
 
     def check(self, data: Dataset) -> None:
         """Tries two examples and the labels' range, so that a misfit shows before anything is written.
@@ -148,7 +180,7 @@ class KerasLearner:
         labels = data.known_targets()
         try:
             outputs = model(tf.convert_to_tensor(inputs), training=False)
-            if labels is not None and _takes_classes(model.loss):
+            if labels is not None and self.classifies:
                 _check_labels(labels, outputs=int(outputs.shape[-1]))
             loss = model.compute_loss(x=inputs, y=tf.convert_to_tensor(targets), y_pred=outputs, training=False)
         except DataError:
@@ -196,7 +228,7 @@ class KerasLearner:
         size = None if self.batch_size is None else self.batch_size * self._replicas
         sizes = batch_sizes(len(data), batch_size=size, epochs=self.epochs, steps=self.steps)
         a_pass = len(batch_sizes(len(data), batch_size=size, epochs=1, steps=None))
-        batches = self._batches(data, draw_order(len(data), sum(sizes), rng), sizes, self.batch_size)
+        batches = self.batches(data, draw_order(len(data), sum(sizes), rng), sizes, self.batch_size)
         steps, calls, means = self._steps, _Calls(self), _Means()
         seen = 0
         for number, (parts, counts) in enumerate(batches):
@@ -215,10 +247,17 @@ class KerasLearner:
         calls.end(means.means())
         return means.means()
 
-    def _batches(
+    def batches(
         self, data: Dataset, order: np.ndarray, sizes: Sequence[int], batch_size: int | None
-    ) -> Iterator[tuple[list[Part], list[int]]]:
-        """Yields each step's examples, those of each replica by themselves, and how many of them count."""
+    ) -> Generator[tuple[list[Part], list[int]]]:
+        """Yields each step's examples, those of each replica by themselves, and how many of them count.
+
+        Args:
+            data: Has them.
+            order: Their indices, step by step.
+            sizes: How many each step has, on all devices.
+            batch_size: The most that a device has of them; None for no limit.
+        """
         count = self._replicas
         shares = [part_of_rank(order, sizes, batch_size=batch_size, ranks=count, rank=rank) for rank in range(count)]
         done = [0] * count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,6 +91,50 @@ class ResidentModel:
         for variable, first in zip(self.model.optimizer.variables, self._fresh, strict=True):
             variable.assign(first)
 
+    @property
+    def accelerator(self) -> str:
+        """The kind of device that it is on, as torch calls it."""
+        return "cuda" if any("GPU" in device for device in self.strategy.extended.worker_devices) else "cpu"
+
+    @property
+    def rate(self) -> float:
+        """The optimizer's learning rate, as of its last step."""
+        return float(tf.convert_to_tensor(self._optimizer.learning_rate))
+
+    def scale_rate(self, factor: float) -> None:
+        """Multiplies the learning rate.
+
+        Raises:
+            ConfigurationError: A schedule decides it.
+        """
+        schedules = keras.optimizers.schedules.LearningRateSchedule
+        if isinstance(self._optimizer._learning_rate, schedules):  # noqa: SLF001 - the public name is a number
+            raise ConfigurationError(
+                "scale_lr multiplies one learning rate, and the model was compiled with a schedule: scale that one"
+            )
+        self._optimizer.learning_rate = self.rate * factor
+
+    def optimizer_state(self) -> dict[str, np.ndarray]:
+        """Returns copies of the optimizer's variables, by their places."""
+        return {str(place): variable.numpy() for place, variable in enumerate(self.model.optimizer.variables)}
+
+    def load_optimizer(self, arrays: Params) -> None:
+        """Undoes :meth:`optimizer_state`.
+
+        Raises:
+            ConfigurationError: They are another optimizer's.
+        """
+        variables = self.model.optimizer.variables
+        if difference := trees.mismatch(arrays, {str(place): one for place, one in enumerate(variables)}):
+            raise ConfigurationError(f"the optimizer's state is not that of this optimizer: the tree {difference}")
+        for place, variable in enumerate(variables):
+            variable.assign(arrays[str(place)])
+
+    @property
+    def _optimizer(self) -> Any:
+        """The one that has the learning rate, within what scales the loss of fp16."""
+        return getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+
     def reseed(self, seed: int) -> None:
         """Lets dropout and the like draw from a seed."""
         for number, variable in enumerate(self._noise):
@@ -167,15 +211,3 @@ def _computing_in(precision: Precision) -> Iterator[None]:
 def replicas(strategy: Any) -> int:
     """Returns how many copies of the model a strategy keeps in step."""
     return int(strategy.num_replicas_in_sync)
-
-
-def per_replica(strategy: Any, values: list[Any]) -> Any:
-    """Returns one value for each replica, as ``strategy.run`` takes them."""
-    if len(values) == 1:
-        return values[0]
-    return strategy.experimental_distribute_values_from_function(lambda place: values[place.replica_id_in_sync_group])
-
-
-def as_tensors(values: Sequence[Any]) -> list[Any]:
-    """Returns arrays, or numbers in float32, as tensors."""
-    return [tf.convert_to_tensor(value, tf.float32 if isinstance(value, float) else None) for value in values]

@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 
 from shoal.learners.keras_backend import keras, tf
-from shoal.learners.keras_model import ResidentModel, as_tensors, per_replica, replicas
+from shoal.learners.keras_model import ResidentModel, replicas
 from shoal.types import Broadcast
 
 Part = tuple[np.ndarray, np.ndarray]
 """One replica's inputs and targets."""
 
-Terms = tuple[Any, Any, Any]
-"""The local objective as tensors: μ, the broadcast's parameters, and the correction; None for what it has not."""
-
-NONE: Terms = (None, None, None)
+Terms = dict[str, Any]
+"""The local objective as tensors: ``proximal`` and ``start``, ``correction``, or nothing."""
 
 
 class Steps:
@@ -39,7 +37,8 @@ class Steps:
         self._prepared = False
         with self._strategy.scope():
             self._loss = keras.metrics.Mean(name="loss")
-        self._terms = NONE
+        self._terms: Terms = {}
+        self._functions: dict[tuple[str, ...], Callable[..., None]] = {}
 
     def begin(self, broadcast: Broadcast | None = None) -> None:
         """Starts sums and means anew.
@@ -48,7 +47,7 @@ class Steps:
             broadcast: Has the local objective of the steps that follow; None for none.
         """
         self.forget()
-        self._terms = NONE if broadcast is None else self._terms_of(broadcast)
+        self._terms = {} if broadcast is None else self._terms_of(broadcast)
 
     def forget(self) -> None:
         """Starts sums and means anew, under the same objective."""
@@ -63,46 +62,84 @@ class Steps:
             counts: How many examples of each count; a replica that has none computes one that does not.
         """
         shares = [self._replicas * count / sum(counts) for count in counts]
-        with self._strategy.scope():
-            batch = self._spread(parts, counts)
-            self._train_function(*batch, per_replica(self._strategy, as_tensors(shares)), self._terms)
+        self._run(self._train_step, self._columns(parts, counts, shares), self._terms)
 
     def evaluate(self, parts: Sequence[Part], counts: Sequence[int]) -> None:
         """Measures one batch, divided likewise."""
-        with self._strategy.scope():
-            self._test_function(*self._spread(parts, counts))
+        self._run(self._test_step, self._columns(parts, counts), {})
+
+    def outputs(self, inputs: np.ndarray) -> np.ndarray:
+        """Returns what the model makes of inputs, on the first replica."""
+        found: np.ndarray = self._predict_function(tf.convert_to_tensor(inputs)).numpy()
+        return found
 
     def means(self) -> dict[str, float]:
         """Returns the loss and the compiled metrics, over all examples since they were started."""
         found = self._model.get_metrics_result() | {"loss": self._loss.result()}
         return {name: float(value) for name, value in found.items()}
 
-    def _spread(self, parts: Sequence[Part], counts: Sequence[int]) -> list[Any]:
-        """Returns inputs, targets and numbers of examples as the replicas take them."""
+    def _columns(self, parts: Sequence[Part], *numbers: Sequence[float]) -> list[list[Any]]:
+        """Returns the inputs, the targets and some numbers as tensors, each of them by replica."""
         if not self._prepared:  # no variable of the metrics can be made within a step
-            self._model._symbolic_build(data_batch=parts[0])  # noqa: SLF001 - as its own fit does
+            with self._strategy.scope():
+                self._model._symbolic_build(data_batch=parts[0])  # noqa: SLF001 - as its own fit does
             self._prepared = True
-        columns: list[list[Any]] = [[part[0] for part in parts], [part[1] for part in parts], list(map(float, counts))]
-        return [per_replica(self._strategy, as_tensors(column)) for column in columns]
+        batches = [[tf.convert_to_tensor(part[place]) for part in parts] for place in (0, 1)]
+        return batches + [[tf.constant(number, tf.float32) for number in column] for column in numbers]
+
+    def _run(self, step: Callable[..., None], columns: list[list[Any]], terms: Terms) -> None:
+        """Runs a step on all replicas."""
+        key = (step.__name__, *sorted(terms))
+        with self._strategy.scope():
+            if key not in self._functions:
+                self._functions[key] = self._compiled(step, columns, terms)
+            self._functions[key](columns, terms)
 
     @cached_property
-    def _train_function(self) -> Callable[..., None]:
-        return self._compiled(self._train_step)
-
-    @cached_property
-    def _test_function(self) -> Callable[..., None]:
-        return self._compiled(self._test_step)
-
-    def _compiled(self, step: Callable[..., None]) -> Callable[..., None]:
-        """Returns a function that runs a step on all replicas."""
-        model, strategy = self._model, self._strategy
-        if model.run_eagerly:
-            return lambda *values: strategy.run(step, args=values)
-        inner = tf.function(step, jit_compile=True, reduce_retracing=True) if model.jit_compile else step
-        compiled: Callable[..., None] = tf.function(
-            lambda *values: strategy.run(inner, args=values), reduce_retracing=True, autograph=False
+    def _predict_function(self) -> Callable[[Any], Any]:
+        function: Callable[[Any], Any] = tf.function(
+            lambda inputs: self._outputs(inputs, training=False), reduce_retracing=True, autograph=False
         )
+        return function
+
+    def _compiled(self, step: Callable[..., None], columns: list[list[Any]], terms: Terms) -> Callable[..., None]:
+        """Returns a function that runs a step on all replicas, for batches of any size.
+
+        It is compiled once: by itself TensorFlow compiles anew for some sizes, so that the last bits of a step would
+        depend on those before it.
+        """
+        model, strategy = self._model, self._strategy
+        inner = step
+        if model.jit_compile and not model.run_eagerly:
+            inner = tf.function(step, jit_compile=True)
+
+        def on_replica(columns: list[list[Any]], terms: Terms) -> None:
+            place = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+            inner(*(column[place] for column in columns), terms)
+
+        def run(columns: list[list[Any]], terms: Terms) -> None:
+            strategy.run(on_replica, args=(columns, terms))
+            self._average_statistics()
+
+        if model.run_eagerly:
+            return run
+        of_any_size = [
+            [tf.TensorSpec([None, *each.shape[1:]], each.dtype) for each in column] for column in columns[:2]
+        ]
+        numbers, of_terms = tf.nest.map_structure(tf.TensorSpec.from_tensor, (columns[2:], terms))
+        signature = [of_any_size + numbers, of_terms]
+        compiled: Callable[..., None] = tf.function(run, input_signature=signature, autograph=False)
         return compiled
+
+    def _average_statistics(self) -> None:
+        """Sets the statistics of all replicas to their mean; each has seen its own part of the batch."""
+        if self._replicas == 1:
+            return
+        for variable in self._resident.buffers.values():
+            copies = variable.value.values
+            mean = tf.add_n([tf.identity(copy) for copy in copies]) / self._replicas
+            for copy in copies:
+                copy.assign(mean)
 
     def _train_step(self, inputs: Any, targets: Any, counted: Any, share: Any, terms: Terms) -> None:
         model, optimizer = self._model, self._model.optimizer
@@ -117,7 +154,7 @@ class Steps:
         optimizer.apply(self._clipped(gradients), variables)
         self._count(inputs, targets, outputs, loss, counted)
 
-    def _test_step(self, inputs: Any, targets: Any, counted: Any) -> None:
+    def _test_step(self, inputs: Any, targets: Any, counted: Any, _terms: Terms) -> None:
         outputs = self._outputs(inputs, training=False)
         loss = self._model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=False)
         self._count(inputs, targets, outputs, loss, counted)
@@ -141,23 +178,28 @@ class Steps:
 
     def _terms_of(self, broadcast: Broadcast) -> Terms:
         """Returns the local objective as tensors, in the order of the trained variables."""
-        objective, paths = broadcast.objective, list(self._resident.params)
-        proximal = tf.constant(objective.proximal, tf.float32) if objective.proximal else None
-        start = [tf.constant(broadcast.model.params[path]) for path in paths] if objective.proximal else None
-        correction = objective.correction and [tf.constant(objective.correction[path]) for path in paths]
-        return proximal, start, correction
+        objective, paths, terms = broadcast.objective, list(self._resident.params), {}
+        if objective.proximal:
+            terms["proximal"] = tf.constant(objective.proximal, tf.float32)
+            terms["start"] = [tf.constant(broadcast.model.params[path]) for path in paths]
+        if objective.correction:
+            terms["correction"] = [tf.constant(objective.correction[path]) for path in paths]
+        return terms
 
     @staticmethod
     def _term(variables: Sequence[Any], terms: Terms) -> Any:
         """``⟨correction, w⟩ + (proximal / 2)·‖w − w_global‖²``."""
-        proximal, start, correction = terms
         total = tf.constant(0.0)
         values = [tf.convert_to_tensor(variable) for variable in variables]
-        if proximal is not None:
-            distances = [tf.reduce_sum(tf.square(value - first)) for value, first in zip(values, start, strict=True)]
-            total += proximal / 2 * tf.add_n([tf.cast(distance, tf.float32) for distance in distances])
-        if correction is not None:
-            products = [tf.reduce_sum(tf.cast(c, v.dtype) * v) for v, c in zip(values, correction, strict=True)]
+        if "proximal" in terms:
+            pairs = zip(values, terms["start"], strict=True)
+            distances = [tf.reduce_sum(tf.square(value - first)) for value, first in pairs]
+            total += terms["proximal"] / 2 * tf.add_n([tf.cast(distance, tf.float32) for distance in distances])
+        if "correction" in terms:
+            products = [
+                tf.reduce_sum(tf.cast(coefficients, value.dtype) * value)
+                for value, coefficients in zip(values, terms["correction"], strict=True)
+            ]
             total += tf.add_n([tf.cast(product, tf.float32) for product in products])
         return total
 
