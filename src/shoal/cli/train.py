@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Count = Annotated[
     int | None, typer.Option("--devices", help="Devices on this machine, a process for each but with dp.")
 ]
-StrategyName = Annotated[str | None, typer.Option("--strategy", help="single, dp, ddp or fsdp; several: ddp.")]
+StrategyName = Annotated[str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")]
 Ids = Annotated[str | None, typer.Option(help="The CUDA devices to use, such as 0,1,3.")]
 Accelerator = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the data.")]
