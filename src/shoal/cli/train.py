@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 Count = Annotated[
     int | None, typer.Option("--devices", help="Devices on this machine, a process for each but with dp.")
 ]
-StrategyName = Annotated[str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")]
+StrategyName = Annotated[
+    str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")
+]
 Ids = Annotated[str | None, typer.Option(help="The CUDA devices to use, such as 0,1,3.")]
 Accelerator = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the data.")]
@@ -48,7 +50,9 @@ Set = Annotated[
 def train(
     experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
     devices: Count = None,
-    strategy: StrategyName = None,
+    strategy: StrategyName = Annotated[
+    str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")
+]
     ids: Ids = None,
     accelerator: Accelerator = None,
     precision: Precision = None,
