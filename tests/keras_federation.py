@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-import numpy as np
-
 import shoal
-from shoal.data import ArrayDataset
+from keras_reference import CLASSES, FEATURES, clients
 from shoal.errors import ConfigurationError
 from shoal.learners.keras_backend import keras
-
-FEATURES, CLASSES = 6, 5
 
 
 def make():
@@ -26,17 +22,6 @@ def make():
 def learner(**settings):
     """Returns a learner of it."""
     return shoal.KerasLearner(make, **{"batch_size": 4, "epochs": 2, **settings})
-
-
-def clients():
-    """Returns clients of several sizes, one of them with a single example."""
-    rng = np.random.default_rng(0)
-    return [
-        ArrayDataset(
-            rng.normal(size=(count, FEATURES)).astype(np.float32), rng.integers(CLASSES, size=count), classes=CLASSES
-        )
-        for count in (9, 13, 6, 1, 10)
-    ]
 
 
 def main(*engines):

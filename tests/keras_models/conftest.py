@@ -13,3 +13,11 @@ def logical_devices():
     from shoal.learners.keras_devices import strategy_of
 
     strategy_of(Devices("mirrored", count=3, accelerator="cpu"))
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """What torch learners make of the same."""
+    import keras_reference
+
+    return keras_reference.computed()

@@ -7,44 +7,30 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 pytest.importorskip("tensorflow")
 
 import shoal
-from keras_federation import CLASSES, FEATURES, clients, learner
+from keras_federation import learner
+from keras_reference import BIAS, KERNEL, clients, methods
 
 pytestmark = pytest.mark.slow
 
 
-def linear():
-    made = torch.nn.Linear(FEATURES, CLASSES)
-    for parameter in made.parameters():
-        torch.nn.init.zeros_(parameter)
-    return made
-
-
-METHODS = [shoal.FedAvg(), shoal.FedProx(mu=0.5), shoal.FedAdam(server_lr=0.05), shoal.FedAvgM(momentum=0.5)]
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
-def test_an_algorithm_ends_where_it_does_with_torch(method):
-    settings = {"rounds": 4, "cohort": 4, "algorithm": method, "evaluate": clients()[1]}
-    ours = shoal.federate(learner(), clients(), engine="sequential", **settings)
-    theirs = shoal.TorchLearner(
-        linear, loss=F.cross_entropy, optimizer=partial(torch.optim.SGD, lr=0.1), batch_size=4, epochs=2
+@pytest.mark.parametrize("name", methods())
+def test_an_algorithm_ends_where_it_does_with_torch(reference, name):
+    expected = reference["federations"][name]
+    ours = shoal.federate(
+        learner(), clients(), rounds=4, cohort=4, algorithm=methods()[name], evaluate=clients()[1], engine="sequential"
     )
-    expected = shoal.federate(theirs, clients(), engine="sequential", **settings)
-    np.testing.assert_allclose(ours.params["sequential/dense/kernel"].T, expected.params["weight"], atol=1e-5, rtol=0)
-    np.testing.assert_allclose(ours.params["sequential/dense/bias"], expected.params["bias"], atol=1e-5, rtol=0)
-    assert np.abs(ours.params["sequential/dense/kernel"]).max() > 0.02
-    for mine, other in zip(ours.history, expected.history, strict=True):
+    for array in (KERNEL, BIAS):
+        np.testing.assert_allclose(ours.params[array], expected["params"][array], atol=1e-5, rtol=0)
+    assert np.abs(ours.params[KERNEL]).max() > 0.02
+    for mine, other in zip(ours.history, expected["history"], strict=True):
         assert mine["accuracy"] == pytest.approx(other["accuracy"], abs=1e-6)
         assert mine["train_loss"] == pytest.approx(other["train_loss"], abs=1e-5)
 

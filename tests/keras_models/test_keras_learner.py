@@ -8,20 +8,18 @@ from functools import partial
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional as F
 
 pytest.importorskip("tensorflow")
 
 import shoal
+from keras_reference import BIAS, CLASSES, FEATURES, KERNEL, LIMITS, OBJECTIVE, OBJECTIVES, data, start
 from shoal.data import ArrayDataset
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.keras_backend import keras
 from shoal.types import Broadcast, LocalObjective, ModelState
-from support import assert_equal
 
-LAYERS, CLASSES, FEATURES = keras.layers, 5, 6
+LAYERS = keras.layers
 
 
 def mirrored(count):
@@ -43,17 +41,17 @@ def model(*layers, optimizer=None, policy=None, **options):
     return make
 
 
-def data(count=75, seed=0):
-    rng = np.random.default_rng(seed)
-    inputs = rng.normal(size=(count, FEATURES)).astype(np.float32)
-    return ArrayDataset(inputs, rng.integers(CLASSES, size=count), classes=CLASSES)
-
-
 def fitted(learner, examples=75, objective=None, seed=3):
     """Returns the model before one call to fit, and its update."""
     before = learner.init(0)
     broadcast = Broadcast(round=1, model=before, objective=objective or LocalObjective())
     return before, learner.fit(broadcast, data(examples), np.random.default_rng(seed))
+
+
+def assert_equal(one, other, atol=0):
+    assert one.keys() == other.keys()
+    for name, array in other.items():
+        np.testing.assert_allclose(one[name], array, atol=atol, rtol=0, err_msg=name)
 
 
 def assert_same(one, other, atol=1e-6):
@@ -63,47 +61,20 @@ def assert_same(one, other, atol=1e-6):
     assert dict(one.metrics) == pytest.approx(dict(other.metrics), abs=1e-6)
 
 
-OBJECTIVE = LocalObjective(
-    proximal=0.7,
-    correction={
-        "sequential/dense/kernel": np.linspace(-0.1, 0.1, FEATURES * CLASSES, dtype=np.float32).reshape(FEATURES, -1),
-        "sequential/dense/bias": np.linspace(-0.1, 0.1, CLASSES, dtype=np.float32),
-    },
-)
-
-
 class TestAgainstTorch:
-    @pytest.mark.parametrize("objective", [LocalObjective(), OBJECTIVE], ids=["plain", "objective"])
-    @pytest.mark.parametrize("limits", [{"epochs": 3}, {"steps": 25}], ids=["epochs", "steps"])
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    @pytest.mark.parametrize("limits", LIMITS)
     @pytest.mark.parametrize("batch_size", [8, None])
-    def test_it_takes_the_same_steps(self, objective, limits, batch_size):
-        ours = shoal.KerasLearner(model(), batch_size=batch_size, **limits)
-        before, update = fitted(ours, objective=objective)
-        theirs = shoal.TorchLearner(
-            partial(torch.nn.Linear, FEATURES, CLASSES),
-            loss=F.cross_entropy,
-            optimizer=partial(torch.optim.SGD, lr=0.1),
-            batch_size=batch_size,
-            train_metrics=True,
-            **limits,
-        )
-        correction = objective.correction and as_torch(objective.correction)
-        broadcast = Broadcast(
-            round=1,
-            model=ModelState(params=as_torch(before.params)),
-            objective=dataclasses.replace(objective, correction=correction),
-        )
-        expected = theirs.fit(broadcast, data(), np.random.default_rng(3))
-        assert_equal(as_torch(update.delta), dict(expected.delta), atol=1e-6)
-        assert dict(update.metrics) == pytest.approx(dict(expected.metrics), abs=1e-5)
-        assert ours.evaluate(before, data()) == pytest.approx(theirs.evaluate(broadcast.model, data()), abs=1e-5)
-
-
-def as_torch(tree):
-    return {
-        "weight": torch.as_tensor(tree["sequential/dense/kernel"]).T,
-        "bias": torch.as_tensor(tree["sequential/dense/bias"]),
-    }
+    def test_it_takes_the_same_steps(self, reference, objective, limits, batch_size):
+        expected = reference["fits"][f"{objective}, {limits}, {batch_size}"]
+        ours = shoal.KerasLearner(model(), batch_size=batch_size, **LIMITS[limits])
+        before = ModelState(params=start())
+        broadcast = Broadcast(round=1, model=before, objective=OBJECTIVES[objective])
+        update = ours.fit(broadcast, data(), np.random.default_rng(3))
+        for name in (KERNEL, BIAS):
+            np.testing.assert_allclose(update.delta[name], expected["delta"][name], atol=1e-6, rtol=0)
+        assert dict(update.metrics) == pytest.approx(expected["metrics"], abs=1e-5)
+        assert ours.evaluate(before, data()) == pytest.approx(expected["measured"], abs=1e-5)
 
 
 OPTIMIZERS = {
@@ -358,8 +329,3 @@ def test_no_example_is_refused():
 def test_a_job_refuses_it_before_anything_is_forked():
     with pytest.raises(ConfigurationError, match="a KerasLearner does not train at sites yet"):
         shoal.Job("job", learner=shoal.KerasLearner(model()), sites=[shoal.Site("a", data=data())], rounds=1)
-
-
-def test_a_torch_learner_does_not_mirror():
-    with pytest.raises(ConfigurationError, match="'mirrored' is TensorFlow's"):
-        shoal.TorchLearner(torch.nn.Identity, loss=F.mse_loss, optimizer=torch.optim.SGD, devices=mirrored(2))

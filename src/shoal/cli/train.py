@@ -50,9 +50,7 @@ Set = Annotated[
 def train(
     experiment: Annotated[str, typer.Argument(help="A Python file, or digits, fashion_mnist, cifar10, synthetic.")],
     devices: Count = None,
-    strategy: StrategyName = Annotated[
-    str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")
-]
+    strategy: StrategyName = None,
     ids: Ids = None,
     accelerator: Accelerator = None,
     precision: Precision = None,

@@ -330,6 +330,7 @@ def test_steps_epochs_and_full_batches(sizes, expected):
         ({"steps": 3, "epochs": 2}, "leave one out"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0"),
         ({"clip_norm": float("nan")}, "clip_norm must be > 0"),
+        ({"devices": Devices("mirrored", count=2)}, "'mirrored' is TensorFlow's: with torch use 'ddp'"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
