@@ -329,3 +329,8 @@ def test_no_example_is_refused():
 def test_a_job_refuses_it_before_anything_is_forked():
     with pytest.raises(ConfigurationError, match="a KerasLearner does not train at sites yet"):
         shoal.Job("job", learner=shoal.KerasLearner(model()), sites=[shoal.Site("a", data=data())], rounds=1)
+
+
+def test_it_is_public_and_says_what_it_is():
+    assert shoal.KerasLearner.__doc__
+    assert shoal.KerasLearner.__module__ == "shoal.learners.keras"

@@ -13,11 +13,14 @@ from shoal.version import __version__
 
 ROOT = Path(__file__).parents[2]
 
+APART = {"KerasLearner"}
+"""What brings TensorFlow into the process; it is looked at in tests/keras_models."""
+
 
 def test_all_is_sorted_and_every_name_is_there():
     assert sorted(shoal.__all__) == shoal.__all__ == dir(shoal)
     assert len(set(shoal.__all__)) == len(shoal.__all__)
-    for name in shoal.__all__:
+    for name in set(shoal.__all__) - APART:
         assert getattr(shoal, name) is not None
 
 
@@ -30,7 +33,7 @@ def test_so_it_is_with_the_packages(module):
 
 
 def test_every_public_thing_says_what_it_is():
-    for name in set(shoal.__all__) - {"__version__"}:
+    for name in set(shoal.__all__) - APART - {"__version__"}:
         assert getattr(shoal, name).__doc__, name
 
 
