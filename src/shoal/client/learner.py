@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import traceback
 from contextlib import nullcontext
 
 from shoal import trees
 from shoal.client.loop import TaskSource
+from shoal.client.ranks import FIRST
 from shoal.data import Dataset, as_dataset
+from shoal.errors import WorkerError
 from shoal.learners.base import Learner, RankedLearner
 from shoal.processes.forking import flush_output, in_new_thread
 from shoal.sites import Site
@@ -25,7 +28,9 @@ def serve(learner: Learner, site: Site) -> None:
     gc.freeze()  # what the server's process has left is not to be collected here
     try:
         in_new_thread(lambda: _serve(learner, site))
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, WorkerError):
+            time.sleep(FIRST)
         traceback.print_exc()
         flush_output()
         os._exit(1)  # what the server's process has yet to do is not done here
