@@ -22,6 +22,7 @@ from shoal.learners.keras_devices import check_strategy, started, strategy_of
 from shoal.learners.keras_model import ResidentModel, replicas
 from shoal.learners.keras_steps import Part, Steps
 from shoal.learners.keras_training import KerasTraining
+from shoal.learners.labels import check_labels
 from shoal.types import Broadcast, ModelState, Params, Update
 
 
@@ -181,7 +182,7 @@ class KerasLearner:
         try:
             outputs = model(tf.convert_to_tensor(inputs), training=False)
             if labels is not None and self.classifies:
-                _check_labels(labels, outputs=int(outputs.shape[-1]))
+                check_labels(labels, outputs=int(outputs.shape[-1]))
             loss = model.compute_loss(x=inputs, y=tf.convert_to_tensor(targets), y_pred=outputs, training=False)
         except DataError:
             raise
@@ -335,13 +336,3 @@ def _settings(part: Any) -> Any:
 
 def _takes_classes(loss: Any) -> bool:
     return isinstance(loss, keras.losses.SparseCategoricalCrossentropy) or loss == "sparse_categorical_crossentropy"
-
-
-def _check_labels(labels: np.ndarray, outputs: int) -> None:
-    wrong = (labels < 0) | (labels >= outputs)
-    if wrong.any():
-        sample = int(np.flatnonzero(wrong.reshape(len(labels), -1).any(axis=1))[0])
-        raise DataError(
-            f"sample {sample} has a label outside 0 to {outputs - 1}, the model's {outputs} outputs; "
-            "give the model more outputs or mend the label"
-        )

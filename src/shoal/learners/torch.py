@@ -19,6 +19,7 @@ from shoal.devices import Devices
 from shoal.errors import CannotStackError, ConfigurationError, DataError
 from shoal.learners.base import ClientTrainer
 from shoal.learners.batches import batch_sizes, draw_seed
+from shoal.learners.labels import check_labels
 from shoal.learners.schedules import Schedule
 from shoal.learners.torch_client import train_client
 from shoal.learners.torch_devices import autocast, check_strategy, computing, may_use_cuda, preload, resolve
@@ -203,7 +204,7 @@ class TorchLearner:
                 output = resident.module(inputs)
                 labels = data.known_targets()
                 if labels is not None and _are_class_indices(output, targets):
-                    _check_labels(labels, outputs=output.shape[1])
+                    check_labels(labels, outputs=output.shape[1], ignored=IGNORED_LABEL)
                 loss = self.loss(output, targets)
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             if isinstance(error, DataError):
@@ -370,13 +371,3 @@ def _are_class_indices(output: Any, targets: Tensor) -> bool:
         and output.ndim == targets.ndim + 1
         and targets.dtype in (torch.int64, torch.int32, torch.uint8)
     )
-
-
-def _check_labels(labels: np.ndarray, outputs: int) -> None:
-    wrong = ((labels < 0) & (labels != IGNORED_LABEL)) | (labels >= outputs)
-    if wrong.any():
-        sample = int(np.flatnonzero(wrong.reshape(len(labels), -1).any(axis=1))[0])
-        raise DataError(
-            f"sample {sample} has a label outside 0 to {outputs - 1}, the model's {outputs} outputs; "
-            "give the model more outputs or mend the label"
-        )
