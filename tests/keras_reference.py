@@ -6,10 +6,8 @@ A program, because TensorFlow and torch may bring libraries that do not get on i
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -60,11 +58,7 @@ def start():
 
 def computed():
     """Returns what the program tells, from a process of its own."""
-    folder = Path(__file__).parent
-    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=180
-    )
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -37,10 +37,9 @@ def test_an_algorithm_ends_where_it_does_with_torch(reference, name):
 
 def in_new_process(*words):
     """Runs the federation in a process in which TensorFlow has not started; returns what it tells."""
-    tests = Path(__file__).parents[1]
+    program = Path(__file__).parents[1] / "keras_federation.py"
     done = subprocess.run(
-        [sys.executable, "-m", "keras_federation", *map(str, words)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(tests), os.environ.get("PYTHONPATH"))))},
+        [sys.executable, program, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -100,7 +100,7 @@ class KerasLearner:
     def init(self, seed: int) -> ModelState:
         """Returns the model before training, as numpy's arrays; equal seeds give equal models."""
         self.__dict__["resident"] = self._make(seed)  # the slot of the cached property
-        self.__dict__.pop("_steps", None)
+        self.__dict__.pop("stepper", None)
         return self.resident.state()
 
     def fit(self, broadcast: Broadcast, data: Dataset, rng: np.random.Generator) -> Update:
@@ -118,13 +118,13 @@ class KerasLearner:
         """
         if len(data) == 0:
             raise DataError("there is no example to train on")
-        resident, steps = self.resident, self._steps
+        resident = self.resident
         check_divisible(len(data), self._replicas)
         resident.load(broadcast.model)
         resident.reseed(draw_seed(rng))
         if not self.keep_optimizer:
             resident.reset_optimizer()
-        steps.begin(broadcast)
+        self.stepper.begin(broadcast)
         means = self._train(data, rng)
         delta, buffers = resident.delta(broadcast.model)
         return Update(delta=delta, buffers=buffers, weight=float(len(data)), metrics=means)
@@ -132,9 +132,9 @@ class KerasLearner:
     def evaluate(self, model: ModelState, data: Dataset) -> dict[str, float]:
         """Returns the loss and the compiled metrics, as means over ``data``."""
         self.resident.load(model)
-        return self.measure(self._steps, data)
+        return self.measure(data)
 
-    def measure(self, steps: Steps, data: Dataset) -> dict[str, float]:
+    def measure(self, data: Dataset) -> dict[str, float]:
         """Returns the loss and the compiled metrics of a model that is in place, as means over ``data``.
 
         Raises:
@@ -142,11 +142,11 @@ class KerasLearner:
         """
         if len(data) == 0:
             raise DataError("there is no example to evaluate on")
-        steps.begin()
+        self.stepper.begin()
         sizes = batch_sizes(len(data), batch_size=self.eval_batch_size * self._replicas, epochs=1, steps=None)
         for parts, counts in self.batches(data, np.arange(len(data)), sizes, self.eval_batch_size):
-            steps.evaluate(parts, counts)
-        return steps.means()
+            self.stepper.evaluate(parts, counts)
+        return self.stepper.means()
 
     @property
     def classifies(self) -> bool:
@@ -214,7 +214,8 @@ class KerasLearner:
         return self._make(seed=0)
 
     @cached_property
-    def _steps(self) -> Steps:
+    def stepper(self) -> Steps:
+        """Takes the steps of the resident model."""
         return Steps(self.resident)
 
     @property
@@ -230,7 +231,7 @@ class KerasLearner:
         sizes = batch_sizes(len(data), batch_size=size, epochs=self.epochs, steps=self.steps)
         a_pass = len(batch_sizes(len(data), batch_size=size, epochs=1, steps=None))
         batches = self.batches(data, draw_order(len(data), sum(sizes), rng), sizes, self.batch_size)
-        steps, calls, means = self._steps, _Calls(self), _Means()
+        steps, calls, means = self.stepper, _Calls(self), _Means()
         seen = 0
         for number, (parts, counts) in enumerate(batches):
             epoch, step = divmod(number, a_pass)
@@ -276,7 +277,7 @@ class _Calls:
     """The user's callbacks in one call to ``fit``, as Keras's own ``fit`` would call them."""
 
     def __init__(self, learner: KerasLearner) -> None:
-        self._steps = learner._steps  # noqa: SLF001 - of one file
+        self._steps = learner.stepper
         self._model = learner.resident.model
         self._list = None
         if learner.callbacks:

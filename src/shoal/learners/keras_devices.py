@@ -65,9 +65,8 @@ def _gpus(devices: Devices) -> list[int]:
         _grow(gpu)
     if devices.ids is None and devices.accelerator == "auto" and not present:
         return []
-    wanted = list(devices.ids) if devices.ids is not None else list(range(devices.count or 1))
-    if devices.strategy == "mirrored" and devices.ids is None and devices.count is None:
-        wanted = list(range(len(present)))
+    every = len(present) if devices.strategy == "mirrored" else 1
+    wanted = list(range(devices.count or every) if devices.ids is None else devices.ids)
     if not present:
         raise ConfigurationError(
             f"a CUDA device was asked for, but tensorflow {tf.__version__} sees none; use accelerator='cpu', or "

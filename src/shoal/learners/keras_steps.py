@@ -119,7 +119,8 @@ class Steps:
 
         def run(columns: list[list[Any]], terms: Terms) -> None:
             strategy.run(on_replica, args=(columns, terms))
-            self._average_statistics()
+            if step == self._train_step:
+                self._average_statistics()
 
         if model.run_eagerly:
             return run

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from shoal.errors import ConfigurationError
 from shoal.learners.base import Batching, never
 from shoal.learners.batches import batch_sizes, check_divisible, draw_order, draw_seed
 from shoal.learners.keras_model import replicas
-from shoal.learners.keras_steps import Part, Steps
+from shoal.learners.keras_steps import Part
 from shoal.randomness import further_seed, generator
 from shoal.trees import flatten, nbytes, unflatten
 from shoal.types import ModelState, Params
@@ -76,7 +76,7 @@ class KerasTraining:
         """The size of the whole model."""
         if scale_lr:
             resident.scale_rate(devices)
-        self._steps = Steps(resident)
+        self._steps = learner.stepper
         self._epoch: Batches | None = None
         self._looked = time.perf_counter(), time.process_time()
 
@@ -129,7 +129,7 @@ class KerasTraining:
         Raises:
             DataError: There is no example.
         """
-        return self._learner.measure(self._steps, data)
+        return self._learner.measure(data)
 
     def confusion(self, data: Dataset) -> np.ndarray | None:
         """Returns how many examples of each class were taken for which, int64 [classes, classes]; None: no classes."""
@@ -163,9 +163,6 @@ class KerasTraining:
         Raises:
             ConfigurationError: Always.
         """
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
         raise ConfigurationError(
             "trace=True records with torch's profiler, and the model is Keras's: use tf.profiler.experimental"
         )
