@@ -15,7 +15,7 @@ demo: $(VENV)/demo  ## install and federate a small CNN over 100 clients
 
 test: $(VENV)/test lint types  ## install and run the whole check
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadgroup --ignore tests/keras_models
-	$(BIN)/pytest tests/keras_models # with TensorFlow, apart from the processes that fork
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile tests/keras_models # with TensorFlow, in processes that do not fork
 
 quick: $(VENV)/test  ## the tests that take no more than a few seconds each
 	$(BIN)/pytest -m "not slow" --ignore tests/keras_models

@@ -1,8 +1,9 @@
-"""Small image data in the original formats, for the example that trains on them, and what came of it."""
+"""Small image data in the original formats, for the examples that train on them, and what came of it."""
 
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 from scipy.io import savemat
+
+from shoal.data.catalogue.cifar10 import FOLDER, TEST, TRAIN
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "images"
 
@@ -29,6 +32,18 @@ def write_clothes(folder):
 def _write_idx(path, array):
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes()
     path.write_bytes(head + array.tobytes())
+
+
+def write_cifar10(folder):
+    """Writes 400 images to train on and 80 to test with, of ten patterns under noise, as CIFAR-10 is."""
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(256, size=(10, 3, 2, 2)).repeat(16, axis=2).repeat(16, axis=3).reshape(10, 3072)
+    (folder / FOLDER).mkdir()
+    for name in (*TRAIN, *TEST):
+        labels = np.arange(80) % 10
+        pixels = np.clip(patterns[labels] + rng.normal(0, 30, size=(80, 3072)), 0, 255).astype(np.uint8)
+        (folder / FOLDER / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels.tolist()}, protocol=2))
+    return folder
 
 
 def write_dogs(folder):

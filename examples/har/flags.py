@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from windows import MODES
-
 from shoal.errors import ConfigurationError
+from windows import MODES
 
 
 class _Parser(argparse.ArgumentParser):

@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
-import flags
-import tested
 import torch
-import windows
-from encoders import Classifier, classifier
 from torch.nn import functional as F
 
+import flags
 import shoal
+import tested
+import windows
+from encoders import Classifier, classifier
 from shoal.devices import Launched
 from shoal.errors import ConfigurationError, ShoalError, Terminated, by_sigterm
 

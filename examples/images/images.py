@@ -1,27 +1,23 @@
-"""What both trainings share: their arguments, the images, the model, and what they print."""
+"""What all trainings share, whatever the framework: their arguments, the images, and what they print."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import shoal
 from shoal.data import Dataset, Subset
-from shoal.devices import Launched
+from shoal.devices import cores_each
 from shoal.errors import ConfigurationError, ShoalError
 
 DOGS = ("Images", "train_list.mat", "test_list.mat")
@@ -34,11 +30,11 @@ STRENGTH = 0.2
 """How far brightness and contrast are changed at most."""
 
 SMALLEST = 7
-"""The model halves an image until it would be smaller."""
+"""The small model halves an image until it would be smaller."""
 
 
 class Parser(argparse.ArgumentParser):
-    """The arguments of both scripts; what is wrong with them is said in one line."""
+    """The arguments of all scripts; what is wrong with them is said in one line."""
 
     def __init__(self, description: str | None, *, run_dir: str) -> None:
         super().__init__(description=description, allow_abbrev=False)
@@ -81,13 +77,13 @@ def rate(text: str) -> float:
 
 
 @contextmanager
-def told_in_one_line(place: Launched | None = None) -> Iterator[None]:
+def told_in_one_line(which: str | None = None) -> Iterator[None]:
     """Ends the script with one line and a code where shoal refuses something, or something fails.
 
     Args:
-        place: Which of several processes this is.
+        which: Of several processes this is, such as ``rank 3``.
     """
-    who = Path(sys.argv[0]).name + (f": rank {place.rank}" if place else "")
+    who = Path(sys.argv[0]).name + (f": {which}" if which else "")
     try:
         yield
     except ShoalError as error:
@@ -97,62 +93,6 @@ def told_in_one_line(place: Launched | None = None) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         print(f"{who}: {str(interrupt) or 'stopped before the first step'}", file=sys.stderr)
         sys.exit(130)
-
-
-def as_colours(images: Tensor) -> Tensor:
-    """Returns images [n, 1 or 3, height, width] of 8 bits as [n, 3, height, width] in 0 to 1."""
-    return shoal.scale_pixels(images).expand(-1, 3, -1, -1)
-
-
-class Augment(nn.Module):
-    """In training, flips half of the images, and changes the brightness and contrast of each."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns images [n, 3, height, width] in 0 to 1."""
-        if not self.training:
-            return images
-        flip, brightness, contrast = torch.rand(3, len(images), 1, 1, 1, device=images.device).unbind()
-        images = torch.where(flip < 0.5, images.flip(3), images)
-        middle = images.mean((1, 2, 3), keepdim=True)
-        stretched = middle + (images - middle) * (1 + STRENGTH * (2 * contrast - 1))
-        return (stretched + STRENGTH * (2 * brightness - 1)).clamp(0, 1)
-
-
-class Block(nn.Module):
-    """A residual block that halves height and width. GroupNorm knows no batch, so devices can share one exactly."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-            nn.GroupNorm(8, outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, 3, padding=1, bias=False),
-            nn.GroupNorm(8, outputs),
-        )
-        self.skip = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.relu(self.body(images) + self.skip(images))
-
-
-class ResNet(nn.Sequential):
-    """A small residual network, as deep as the images are large; it begins with random weights.
-
-    Args:
-        size: The images' height and width.
-        classes: How many there are.
-        augment: Whether the images are changed in training.
-        width: Channels of the first layer; each block doubles them.
-    """
-
-    def __init__(self, *, size: int, classes: int, augment: bool, width: int = 16) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False), nn.GroupNorm(8, width)]
-        while size // 2 >= SMALLEST:
-            layers.append(Block(width, 2 * width))
-            size, width = size // 2, 2 * width
-        head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes)]
-        super().__init__(*([Augment()] if augment else []), *layers, *head)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,12 +106,44 @@ class Images:
     classes: int
     size: int
     """Height and width."""
+    channels: int
+    """3, or 1 for images without colours."""
     in_files: bool
     """Whether each image is decoded from its file when it is needed, or all are in memory."""
 
 
-def load(folder: Path | None) -> Images:
+class InThreads:
+    """Photographs that several threads read at a time, and are else as they are in the files.
+
+    Args:
+        files: Reads them.
+        threads: How many.
+    """
+
+    def __init__(self, files: Dataset, threads: int) -> None:
+        self._files = files
+        self._threads = ThreadPoolExecutor(threads)
+        self._count = threads
+        self.classes = files.classes
+        self.targets, self.known_targets = files.targets, files.known_targets
+        self.check, self.describe = files.check, files.describe
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def take(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Reads the images; uint8 [n, 3, size, size] and int64 [n]."""
+        parts = np.array_split(indices, min(self._count, max(len(indices), 1)))
+        inputs, targets = zip(*self._threads.map(self._files.take, parts), strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)
+
+
+def load(folder: Path | None, threads: int = 1) -> Images:
     """Returns Stanford Dogs where the folder holds them, else Fashion-MNIST.
+
+    Args:
+        folder: The folder, if there is one.
+        threads: How many read photographs at a time; 1 where processes are forked for that.
 
     Raises:
         ConfigurationError: There is no such folder.
@@ -180,13 +152,17 @@ def load(folder: Path | None) -> Images:
     if folder is not None and not folder.is_dir():
         raise ConfigurationError(f"there is no folder {folder}: leave it out to train on Fashion-MNIST")
     if folder is not None and any((folder / name).exists() for name in DOGS):
-        train, test = shoal.data.stanford_dogs(data_dir=folder, size=SIZE)
-        return Images(told=f"Stanford Dogs in {folder}", train=train, test=test, classes=120, size=SIZE, in_files=True)
+        train, test = (
+            InThreads(files, threads) if threads > 1 else files
+            for files in shoal.data.stanford_dogs(data_dir=folder, size=SIZE)
+        )
+        told = f"Stanford Dogs in {folder}"
+        return Images(told=told, train=train, test=test, classes=120, size=SIZE, channels=3, in_files=True)
     own = folder if folder is not None and any(folder.glob("t*-ubyte*")) else None
     clothes = shoal.data.fashion_mnist(data_dir=own)
     missed = "no datadir" if folder is None else f"no Stanford Dogs in {folder}"
     told = f"{missed}: training on Fashion-MNIST"
-    return Images(told=told, train=clothes[0], test=clothes[1], classes=10, size=28, in_files=False)
+    return Images(told=told, train=clothes[0], test=clothes[1], classes=10, size=28, channels=1, in_files=False)
 
 
 def drawn(data: Dataset, count: int | None, seed: int) -> Dataset:
@@ -212,32 +188,32 @@ def per_device(batch: int, devices: int) -> int:
     return batch // devices
 
 
-def train(arguments: argparse.Namespace, devices: shoal.Devices, count: int, place: Launched | None = None) -> None:
+def train(
+    arguments: argparse.Namespace,
+    devices: shoal.Devices,
+    count: int,
+    make_learner: Callable[[Images, int], shoal.TorchLearner | shoal.KerasLearner],
+    *,
+    threads: int = 1,
+    leads: bool = True,
+) -> None:
     """Trains, and measures on all test images after each epoch.
 
     Args:
         arguments: As :class:`Parser` has them.
         devices: Where to train.
         count: How many there are.
-        place: Which of several processes this is.
+        make_learner: Returns what trains, given the images and how many of them a device has in a step.
+        threads: How many of this process read photographs at a time.
+        leads: Whether this process is the one of several that says what happens.
     """
     started = time.perf_counter()
     batch_size = per_device(arguments.batch_size, count)
-    images = load(arguments.datadir)
-    leads = place is None or place.rank == 0
+    images = load(arguments.datadir, threads)
     if leads:
         print(images.told, flush=True)
-    learner = shoal.TorchLearner(
-        partial(ResNet, size=images.size, classes=images.classes, augment=arguments.augment),
-        loss=F.cross_entropy,
-        optimizer=partial(torch.optim.Adam, lr=arguments.learning_rate),
-        batch_size=batch_size,
-        train_metrics=True,
-        transform=as_colours,
-        workers=readers(place) if images.in_files else 0,
-    )
     shoal.train(
-        learner,
+        make_learner(images, batch_size),
         drawn(images.train, arguments.subset, arguments.seed),
         epochs=arguments.epochs,
         devices=devices,
@@ -252,7 +228,6 @@ def train(arguments: argparse.Namespace, devices: shoal.Devices, count: int, pla
         print(f"finished after {time.perf_counter() - started:.1f} s")
 
 
-def readers(place: Launched | None) -> int:
-    """Returns how many processes decode photographs for this one: its share of the cores, at most 8."""
-    sharing = place.local_count if place else 1
-    return min(max(len(os.sched_getaffinity(0)) // sharing, 1), 8)
+def readers(sharing: int) -> int:
+    """Returns how many decode photographs for each of the processes that share this machine: at most 8."""
+    return min(cores_each(sharing), 8)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import images
 import shoal
+from images_torch import learner
 from shoal.devices import Launched
 
 
@@ -12,10 +15,12 @@ def main() -> None:
     parser.add_argument("--local-rank", "--local_rank", type=int, help="not needed: the environment says it too")
     arguments = parser.parse_args()
     with images.told_in_one_line():
-        place = Launched.here()
-    with images.told_in_one_line(place):
+        launched = Launched.here()
+    place = launched or Launched.alone()
+    with images.told_in_one_line(f"rank {place.rank}" if launched else None):
         devices = shoal.Devices("ddp", accelerator=arguments.accelerator, precision=arguments.precision)
-        images.train(arguments, devices, place.count if place else 1, place)
+        make = partial(learner, arguments, sharing=place.local_count)
+        images.train(arguments, devices, place.count, make, leads=place.rank == 0)
 
 
 if __name__ == "__main__":

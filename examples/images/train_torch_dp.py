@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import images
 import shoal
+from images_torch import learner
 from shoal.errors import ConfigurationError
 
 
@@ -33,7 +36,7 @@ def main() -> None:
             "dp", count=arguments.n_gpus, accelerator=arguments.accelerator, precision=arguments.precision
         )
         require_gpus(arguments.n_gpus)
-        images.train(arguments, devices, arguments.n_gpus)
+        images.train(arguments, devices, arguments.n_gpus, partial(learner, arguments))
 
 
 if __name__ == "__main__":

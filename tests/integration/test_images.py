@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,13 +17,9 @@ from safetensors.numpy import load_file
 import pictures
 import shoal
 from hosts import NEEDED
+from image_runs import PROMISED, all_gone, below, code_of, launches, node, scripts_here
 from launches import free_port, wait_for, wait_for_lines
 from pictures import EXAMPLE, assert_same, records
-from process_table import alive, children, eventually
-
-LAUNCHER = EXAMPLE / "run_torch_ddp.sh"
-PROMISED = 30.0
-"""Seconds in which all have ended after one has."""
 
 # Adam divides a gradient by its own size, so where that is all rounding, so is the step: hence the small rate.
 SHORT = ("-e", "2", "-bs", "30", "-lr", "2e-5", "--accelerator", "cpu", "--no-augment")
@@ -46,75 +41,15 @@ def dogs(tmp_path):
 @pytest.fixture
 def run_here(monkeypatch, tmp_path):
     """Runs a script in this process; returns its exit code."""
-    monkeypatch.syspath_prepend(EXAMPLE)
-    monkeypatch.chdir(tmp_path)
-
-    def run(script, *words):
-        monkeypatch.setattr(sys, "argv", [str(EXAMPLE / script), *map(str, words)])
-        try:
-            runpy.run_path(str(EXAMPLE / script), run_name="__main__")
-        except SystemExit as end:
-            return end.code
-        return 0
-
-    yield run
-    sys.modules.pop("images", None)
+    with scripts_here(monkeypatch, tmp_path) as run:
+        yield run
 
 
 @pytest.fixture
 def launch(tmp_path):
     """Starts the two-node script in a folder of its own; what is left of it is killed at the end."""
-    started = []
-
-    def start(*words, host=None, folder=tmp_path, **environment):
-        folder.mkdir(exist_ok=True)
-        enter = ["ip", "netns", "exec", host.name] if host else []
-        kept = {name: value for name, value in os.environ.items() if name not in {"MASTER_ADDR", "NODE_RANK"}}
-        with (folder / "said").open("wb") as said:
-            process = subprocess.Popen(
-                [*enter, LAUNCHER, *map(str, words)],
-                cwd=folder,
-                env=kept | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                process_group=0,
-            )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-
-
-def code_of(process, seconds=150.0):
-    """Waits for the script; returns its exit code."""
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        folder = Path(f"/proc/{process.pid}/cwd").readlink()
-        told = [f"{path.name}:\n{path.read_text()}" for path in sorted(folder.glob("job*"))]
-        tree = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below(process.pid)]
-        pytest.fail(f"it still runs after {seconds} s: {tree}\n{''.join(told)}")
-
-
-def below(pid):
-    """Returns all processes that a process has started, and that they have."""
-    return [found for child in children(pid) for found in (child, *below(child))]
-
-
-def node(process, rank):
-    """Returns the process of a node."""
-    word = f"--node-rank={rank}".encode()
-    (found,) = (pid for pid in children(process.pid) if word in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-    return found
-
-
-def all_gone(pids):
-    return eventually(lambda: not any(alive(pid) for pid in pids))
+    with launches("run_torch_ddp.sh", tmp_path) as start:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +80,7 @@ class TestTwoNodes:
         process = launch(clothes, *LONG)
         wait_for_lines(tmp_path / "runs/torch_ddp", 1)
         everyone = below(process.pid)
-        os.kill(node(process, 1), signal.SIGKILL)
+        os.kill(node(process, "--node-rank=1"), signal.SIGKILL)
         assert code_of(process, PROMISED) == 128 + signal.SIGKILL
         told = (tmp_path / "said").read_text()
         assert "run_torch_ddp.sh: node 1 failed with code 137; its log is job_torch_ddp_1.log" in told
@@ -330,7 +265,7 @@ def test_without_a_folder_it_is_fashion_mnist(run_here, tmp_path, capsys):
 
 def test_augmentation_is_for_training_alone_and_seeded(run_here, clothes, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE)
-    from images import Augment
+    from images_torch import Augment
 
     torch.manual_seed(0)
     images, augment = torch.rand(64, 3, 8, 8), Augment()
@@ -402,3 +337,11 @@ class TestRefusals:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         assert run_here("train_torch_dp.py", clothes, *words) == 2
         assert capsys.readouterr().err == f"train_torch_dp.py: error: {message}\n"
+
+    @pytest.mark.parametrize("words", [(), CPU])
+    def test_of_tensorflow_that_is_not_there(self, run_here, monkeypatch, clothes, capsys, words):
+        monkeypatch.setitem(sys.modules, "tensorflow", None)
+        assert run_here("train_tf_mirroredstrategy.py", clothes, *words) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("train_tf_mirroredstrategy.py: error: tensorflow is needed to train a Keras model")
+        assert told.count("\n") == 1

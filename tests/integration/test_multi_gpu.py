@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+import pictures
 import shoal
-from shoal.data.catalogue.cifar10 import FOLDER, TEST, TRAIN
 from shoal.errors import RunInterrupted
 from shoal.federation.job_files import load_job
 from tracked import tensorboard_events
@@ -26,16 +24,8 @@ QUICK = ("--batch_size", 8, "--lr", 0.01, "--local_epochs", 2, "--accelerator", 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder that shoal reads as CIFAR-10: 400 images to train on, 80 to test with, of ten patterns under noise."""
-    rng = np.random.default_rng(0)
-    patterns = rng.integers(256, size=(10, 3, 2, 2)).repeat(16, axis=2).repeat(16, axis=3).reshape(10, 3072)
-    folder = tmp_path_factory.mktemp("images")
-    (folder / FOLDER).mkdir()
-    for name in (*TRAIN, *TEST):
-        labels = np.arange(80) % 10
-        pixels = np.clip(patterns[labels] + rng.normal(0, 30, size=(80, 3072)), 0, 255).astype(np.uint8)
-        (folder / FOLDER / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": labels.tolist()}, protocol=2))
-    return folder
+    """A folder in the format of CIFAR-10, with few images."""
+    return pictures.write_cifar10(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

@@ -45,10 +45,10 @@ def finish(child):
 
 @pytest.fixture(scope="module")
 def uninterrupted(spawn, tmp_path_factory):
+    """A whole run."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    started = time.monotonic()
     finish(spawn(folder, resume=False))
-    return folder, time.monotonic() - started
+    return folder
 
 
 def assert_same_run(folder, reference):
@@ -58,39 +58,51 @@ def assert_same_run(folder, reference):
     assert (folder / last).read_bytes() == (reference / last).read_bytes()
 
 
+def lines(path):
+    """Returns how many lines a file has; 0 without one."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def strike(child, metrics, chance):
+    """Kills a run as it starts, or a moment after it has told of a few rounds more, unless it is complete before."""
+    more = chance.randint(0, 10)
+    wanted = lines(metrics) + more
+    while more and lines(metrics) < wanted and child.is_alive():
+        time.sleep(0.001)
+    child.join(chance.uniform(0, 0.02 if more else 0.5))
+    child.kill()
+    child.join(120)
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments_changes_nothing(spawn, uninterrupted, tmp_path):
-    reference, duration = uninterrupted
     chance = random.Random(20)
     kills, rounds_at_kill, runs = 0, set(), 0
     while kills < KILLS:
         folder = tmp_path / f"run-{runs}"
         runs += 1
-        while True:  # until this folder's run is complete
-            child = spawn(folder, resume=(folder / "config.json").exists())
-            if kills < KILLS:
-                child.join(chance.uniform(0.02, duration))
-                child.kill()
-            child.join(120)
-            assert child.exitcode in (0, -signal.SIGKILL)
-            if child.exitcode == 0:
+        child = spawn(folder, resume=False)
+        while kills < KILLS:
+            strike(child, folder / "metrics.jsonl", chance)
+            if child.exitcode == 0:  # the run was complete before
                 break
+            assert child.exitcode == -signal.SIGKILL
             kills += 1
-            metrics = folder / "metrics.jsonl"
-            rounds_at_kill.add(len(metrics.read_text().splitlines()) if metrics.exists() else 0)
-        assert_same_run(folder, reference)
+            rounds_at_kill.add(lines(folder / "metrics.jsonl"))
+            child = spawn(folder, resume=(folder / "config.json").exists())
+        finish(child)
+        assert_same_run(folder, uninterrupted)
     assert len(rounds_at_kill) > KILLS // 3  # the kills were at different places indeed
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_said(spawn, uninterrupted, tmp_path):
-    reference, _ = uninterrupted
     folder = tmp_path / "run"
-    shutil.copytree(reference, folder)
+    shutil.copytree(uninterrupted, folder)
     newest = max((folder / "checkpoints").iterdir())
     tensors = newest / "state.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
     finish(spawn(folder, resume=True))
-    assert_same_run(folder, reference)
+    assert_same_run(folder, uninterrupted)
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorized"])

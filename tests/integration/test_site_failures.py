@@ -19,7 +19,7 @@ FAULTS = {
     "raise": (RAISES | {"round": 2}, "rank 1 .* ended with exit code 1", "RuntimeError: the user's own error"),
     "code": ({"does": "code", "rank": 1, "round": 2}, "rank 1 .* ended with exit code 7", "hello from"),
     "exit": ({"does": "exit", "round": 2}, "rank 0 .* left its loop", "hello from"),
-    "sleep": ({"does": "sleep", "rank": 1, "round": 2}, "no reply within [48] s; .*rank 1 is at site_script.py", ""),
+    "sleep": ({"does": "sleep", "rank": 1, "round": 2}, "next task within [48] s; .*rank 1 is at site_script.py", ""),
     "break": ({"does": "break", "rank": 1, "round": 2}, "rank 1 .* left its loop", "the end of"),
     "no reply": ({"does": "no-reply", "round": 2}, "rank 0 .* ended with exit code 1", "went on without a reply"),
     "twice": ({"does": "twice", "round": 2}, "rank 0 .* ended with exit code 1", "was replied to already"),
@@ -131,7 +131,7 @@ def test_too_few_sites_are_left(jobs):
 def test_a_launcher_that_is_killed_ends_its_site(jobs, policy):
     fault = {"does": "kill-launcher", "rank": 1, "round": 2}
     with pytest.raises(SiteError, match="site-2: its launcher .*(has ended|is gone)"):
-        jobs.job({"site-1": 1, "site-2": 2}, faults={"site-2": fault}, on_failure=policy).run()
+        jobs.job({"site-1": 1, "site-2": 2}, faults={"site-2": fault}, on_failure=policy, pause=0.5).run()
 
 
 def test_a_rank_that_hangs_before_it_joins_is_started_again(jobs):

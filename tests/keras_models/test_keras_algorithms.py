@@ -65,7 +65,9 @@ def test_a_run_that_is_resumed_gives_the_same_bits(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("program", "wanted"), [("digits_keras.py", 0.85), ("keras_job.py", 0.85)])
+@pytest.mark.parametrize(
+    ("program", "wanted"), [("digits_keras.py", 0.85), ("keras_job.py", 0.85), ("keras_learner_sites.py", 0.8)]
+)
 def test_the_guides_programs_learn(tmp_path, program, wanted):
     guide = (Path(__file__).parents[2] / "docs" / "guides" / "tensorflow.md").read_text()
     for name, code in re.findall(r'```python title="(.+?)"\n(.+?)```', guide, re.DOTALL):

@@ -180,9 +180,15 @@ class TestSettings:
             assert same is not keep
 
     @pytest.mark.parametrize("options", [{"run_eagerly": True}, {"jit_compile": True}], ids=["eager", "xla"])
-    def test_how_it_is_compiled_makes_no_difference(self, options):
-        plain, other = (shoal.KerasLearner(make, batch_size=32) for make in (model(), model(**options)))
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_how_it_is_compiled_makes_no_difference(self, options, count):
+        devices = Devices("mirrored", count=count, accelerator="cpu")
+        plain, other = (
+            shoal.KerasLearner(make, batch_size=32 // count, devices=devices) for make in (model(), model(**options))
+        )
         assert_same(fitted(other)[1], fitted(plain)[1])
+        start = plain.init(0)
+        assert other.evaluate(start, data()) == pytest.approx(plain.evaluate(start, data()), abs=1e-6)
 
     def test_products_in_16_bits_leave_the_parameters_as_they_are(self):
         plain = shoal.KerasLearner(model(), batch_size=8)
@@ -324,11 +330,6 @@ def test_no_example_is_refused():
         fitted(learner, examples=0)
     with pytest.raises(DataError, match="no example to evaluate on"):
         learner.evaluate(learner.init(0), data(0))
-
-
-def test_a_job_refuses_it_before_anything_is_forked():
-    with pytest.raises(ConfigurationError, match="a KerasLearner does not train at sites yet"):
-        shoal.Job("job", learner=shoal.KerasLearner(model()), sites=[shoal.Site("a", data=data())], rounds=1)
 
 
 def test_it_is_public_and_says_what_it_is():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 
-from shoal.devices import Devices, Launched
+from shoal.devices import OF_TENSORFLOW, TF_CONFIG, Devices, Launched
 from shoal.devices.spec import RANKED
 from shoal.errors import ConfigurationError
 
@@ -53,13 +54,13 @@ class AskedDevices:
         """
         wanted = self._wanted()
         self._spec(1 if wanted is None else wanted)  # what cannot be is refused before a process starts
-        present = self._present()
+        present = None if self.strategy in OF_TENSORFLOW else self._present()
         if wanted is not None and present is not None and wanted > present:
             raise ConfigurationError(
                 f"{wanted} CUDA devices were asked for, and this machine has {present}: "
                 f"use --devices {present}, or --accelerator cpu"
             )
-        if self._strategy(wanted or 1) not in RANKED:
+        if self._strategy(wanted or 1) not in RANKED or self._by_hand():
             return 1
         if wanted is None and not present:
             raise ConfigurationError(
@@ -86,6 +87,15 @@ class AskedDevices:
             precision=asked.precision if self.precision else own.precision,
         )
 
+    @property
+    def of_tensorflow(self) -> bool:
+        """Whether processes are TensorFlow's workers, who must be told of each other even where there is but one."""
+        return self.strategy == "multiworker" and not self._by_hand()
+
+    def _by_hand(self) -> bool:
+        """Tells whether the user's ``TF_CONFIG`` says that this process is one of several."""
+        return self.strategy == "multiworker" and TF_CONFIG in os.environ
+
     def _wanted(self) -> int | None:
         return len(self.ids) if self.count is None and self.ids else self.count
 
@@ -95,7 +105,7 @@ class AskedDevices:
     def _spec(self, count: int) -> Devices:
         return Devices(
             self._strategy(count),  # type: ignore[arg-type]  # the specification refuses what it does not know
-            count=count if self.strategy != "dp" or self.count else None,
+            count=count if self.strategy not in ("dp", *OF_TENSORFLOW) or self.count else None,
             ids=self.ids,
             accelerator=self.accelerator or "auto",  # type: ignore[arg-type]
             precision=self.precision or "fp32",  # type: ignore[arg-type]

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from shoal.training import Training
 
 Count = Annotated[
-    int | None, typer.Option("--devices", help="Devices on this machine, a process for each but with dp.")
+    int | None, typer.Option("--devices", help="Devices on this machine, a process for each but with dp and mirrored.")
 ]
 StrategyName = Annotated[
-    str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp, or for Keras mirrored; several: ddp.")
+    str | None, typer.Option("--strategy", help="single, dp, ddp, fsdp; for Keras mirrored, multiworker; several: ddp.")
 ]
 Ids = Annotated[str | None, typer.Option(help="The CUDA devices to use, such as 0,1,3.")]
 Accelerator = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
@@ -82,8 +82,9 @@ def train(
     several, place = _nodes(nodes, node_rank, rendezvous), Launched.here()
     if place is None:
         processes = asked.processes()
-        if processes > 1 or several is not None:
-            raise typer.Exit(_launch(processes, several, run_dir, Path(experiment).stem))
+        if processes > 1 or several is not None or asked.of_tensorflow:
+            name, of_tensorflow = Path(experiment).stem, asked.of_tensorflow
+            raise typer.Exit(_launch(processes, several, run_dir, name, of_tensorflow=of_tensorflow))
     else:
         end_with_launcher()
     plan = _plan(experiment, options, settings or [], epochs)
@@ -117,7 +118,7 @@ def _nodes(count: int, rank: int, rendezvous: str | None) -> Nodes | None:
     return Nodes(count=count, rank=rank, rendezvous=f"{host}:{port}")
 
 
-def _launch(processes: int, nodes: Nodes | None, run_dir: Path | None, name: str) -> int:
+def _launch(processes: int, nodes: Nodes | None, run_dir: Path | None, name: str, *, of_tensorflow: bool) -> int:
     """Runs this process's command in ranks; returns the exit code."""
     from shoal.learners.torch_launch import RanksFailedError, launch_ranks
 
@@ -130,7 +131,7 @@ def _launch(processes: int, nodes: Nodes | None, run_dir: Path | None, name: str
         command += ["--run-dir", str(reserved)]
     os.environ[LAUNCHER] = str(os.getpid())
     try:
-        launch_ranks(command, processes=processes, nodes=nodes)
+        launch_ranks(command, processes=processes, nodes=nodes, of_tensorflow=of_tensorflow)
     except RanksFailedError as error:
         failure = error.failure
         for line in failure.unheard:

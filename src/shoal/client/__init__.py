@@ -4,7 +4,7 @@
 
     import shoal.client
 
-    for task in shoal.client.tasks():          # ends on all ranks together; rank 0 alone talks to the server
+    for task in shoal.client.tasks():  # on every rank; ends on all of them together
         task.load(net)
         ...                                    # DDP, FSDP, anything
         task.reply(params=net.state_dict(), examples=n, metrics={"loss": loss})

@@ -62,7 +62,7 @@ def receive() -> Task:
 
 def send(
     *,
-    params: Params | None = None,
+    params: Any = None,
     delta: Params | None = None,
     examples: float | None = None,
     metrics: Metrics | None = None,

@@ -10,12 +10,14 @@ from contextlib import nullcontext
 
 from shoal import trees
 from shoal.client.loop import TaskSource
-from shoal.client.ranks import FIRST
 from shoal.data import Dataset, as_dataset
 from shoal.errors import WorkerError
 from shoal.learners.base import Learner, RankedLearner
 from shoal.processes.forking import flush_output, in_new_thread
 from shoal.sites import Site
+
+FIRST = 1.0
+"""Seconds that a rank lives on that has lost another, so that the launcher sees the end of that one first."""
 
 
 def serve(learner: Learner, site: Site) -> None:

@@ -77,7 +77,7 @@ class Link:
         """Waits for what the server wants of this rank; the site's launcher ends a rank that the server has given up.
 
         Returns:
-            ``{"task": …}`` or ``{"end": …}``, and a file descriptor for the caller to close.
+            ``{"task": …}`` or ``{"end": …}``, and a file descriptor for the caller to close: that of the arrays.
 
         Raises:
             WorkerError: The server is gone.

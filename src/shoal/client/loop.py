@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from shoal.client.link import Link, connected
-from shoal.client.ranks import RankGroup
+from shoal.client.state_dicts import arrays_by_name
 from shoal.client.task import Task
-from shoal.devices import Launched
 from shoal.errors import ConfigurationError, WorkerError
 from shoal.processes.rest import rest_at_exit
 from shoal.processes.tensors import TensorFile, entries_of, view
+from shoal.sites.state import WAITING
 from shoal.types import Array, LocalObjective, ModelState, Params
 
 ROLES = ("params", "buffers", "constants", "correction")
@@ -35,7 +35,7 @@ class TaskSource:
     """Gives this rank its tasks.
 
     Args:
-        model: What a script that runs by itself starts from: a module with a state dict, or arrays by name.
+        model: What a script that runs by itself starts from: a module, a Keras model, or arrays by name.
         evaluate: Whether the script also does tasks of kind ``evaluate``.
     """
 
@@ -45,8 +45,6 @@ class TaskSource:
         self._evaluate = evaluate
         self._link = connected()
         self._current: Task | None = None
-        # Now, while the server waits for a start: to import torch and to meet may take long.
-        self._group = RankGroup(_place()) if self._link is not None and self._link.ranks > 1 else None
         self._over = False
 
     def next_task(self) -> Task | None:
@@ -84,7 +82,7 @@ class TaskSource:
             )
 
     def _receive(self, link: Link) -> Task | None:
-        link.do("waiting", evaluates=self._evaluate)
+        link.do(WAITING, evaluates=self._evaluate)
         order, fd = link.next_order()
         if "task" not in order:
             if order.get("end") != "done":
@@ -92,7 +90,7 @@ class TaskSource:
             return None
         told = order["task"]
         link.do(f"task {told['number']}")
-        trees = self._arrays(fd, told["framework"])
+        trees = _arrays(fd, told["framework"])
         correction = trees["correction"] if told["corrected"] else None
         return Task(
             kind=told["kind"],
@@ -109,24 +107,10 @@ class TaskSource:
             _link=link,
         )
 
-    def _arrays(self, fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
-        """Returns the arrays of a task by role; all lie in one memory, which rank 0 was sent."""
-        header, data = _read(fd) if fd is not None else (None, None)
-        if self._group is not None:
-            header = self._group.from_leader(header)
-            data = self._group.from_leader(data)
-        if header is None or data is None:
-            raise WorkerError("the server sent a task without its arrays")
-        trees: dict[str, dict[str, Array]] = {role: {} for role in ROLES}
-        for key, entry in entries_of(header.tobytes(), len(data)).items():
-            role, _, name = key.partition("/")
-            trees[role][name] = view(data, entry, framework=framework)
-        return trees
-
     def _local_task(self) -> Task:
         state: Params = {}
         if self._model is not None:
-            state = self._model.state_dict() if hasattr(self._model, "state_dict") else self._model
+            state = arrays_by_name(self._model)
         # As the server would: what the script does to its model must not change what it started from.
         kept = {name: array.clone() if hasattr(array, "clone") else np.array(array) for name, array in state.items()}
         return Task(kind="train", round=1, rounds=1, site="local", config=config(), model=ModelState(params=kept))
@@ -164,12 +148,12 @@ def tasks(model: Any = None, *, evaluate: bool = False) -> Iterator[Task]:
             ...  # DDP, FSDP, anything
             task.reply(params=net.state_dict(), examples=len(data), metrics={"loss": loss})
 
-    The ranks get each task together, and the end too; only rank 0 talks to the server. A script that is started by
+    All ranks get each task, and the end too; rank 0 alone replies. A script that is started by
     hand, with ``python`` or ``torchrun``, gets one task to train and then the end.
 
     Args:
-        model: What such a script starts from: a module, or its state dict; ``task.params`` has its arrays then. A
-            script that only calls ``task.load(net)`` needs none. In a federation it is not used.
+        model: What such a script starts from: a module or a Keras model, or its arrays by name; ``task.params`` has
+            those then. A script that only calls ``task.load(net)`` needs none. In a federation it is not used.
         evaluate: Whether the script does tasks of kind ``evaluate`` too, in which it measures the global model after
             the rounds that the job measures. They choose the best model; a script started by hand gets none.
 
@@ -190,16 +174,16 @@ def _yielded(source: TaskSource) -> Generator[Task]:
             raise
 
 
-def _read(fd: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the header and the arrays' bytes of shared memory, as this process's own; closes the file descriptor."""
+def _arrays(fd: int | None, framework: str) -> dict[str, dict[str, Array]]:
+    """Returns the arrays of a task by role, as this process's own, all in one memory; closes the file descriptor."""
+    if fd is None:
+        raise WorkerError("the server sent a task without its arrays")
     with TensorFile(fd) as file:
         data = np.empty(file.nbytes, np.uint8)
         file.fill(data, 0)
-        return np.frombuffer(file.header, np.uint8).copy(), data
-
-
-def _place() -> Launched:
-    place = Launched.here()
-    if place is None:
-        raise WorkerError("the site's launcher did not say where its ranks meet")
-    return place
+        header = file.header
+    trees: dict[str, dict[str, Array]] = {role: {} for role in ROLES}
+    for key, entry in entries_of(header, len(data)).items():
+        role, _, name = key.partition("/")
+        trees[role][name] = view(data, entry, framework=framework)
+    return trees

@@ -1,10 +1,11 @@
-"""The names and kinds of arrays in the state dicts of wrapped modules."""
+"""The arrays of models by name, and their kinds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from shoal.client.keras_models import arrays_of, is_keras_model
 from shoal.errors import ConfigurationError
 from shoal.types import Array
 
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
 
 WRAPPED = ("module.", "_orig_mod.")
 """What ``DistributedDataParallel`` and ``torch.compile`` put before the names of what they wrap."""
+
+
+def arrays_by_name(model: Any) -> dict[str, Array]:
+    """Returns a model's arrays by name.
+
+    Args:
+        model: A module, a Keras model, or such arrays already.
+    """
+    if is_keras_model(model):
+        return dict(arrays_of(model))
+    return dict(model.state_dict() if hasattr(model, "state_dict") else model)
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:

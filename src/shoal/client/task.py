@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shoal.client.keras_models import is_keras_model, load_arrays, put_objective
 from shoal.client.link import Link
-from shoal.client.state_dicts import own_part, part_as, plain_names, refuse_parts
+from shoal.client.state_dicts import arrays_by_name, own_part, part_as, plain_names, refuse_parts
 from shoal.errors import ConfigurationError
 from shoal.processes.tensors import write_tensors
 from shoal.randomness import further_seed, generator
@@ -91,15 +92,24 @@ class Task:
         """The global model and the local objective, as learners take them."""
         return Broadcast(round=self.round, model=self.model, objective=self.objective)
 
-    def load(self, module: nn.Module) -> None:
+    def load(self, module: Any) -> None:
         """Copies the global model into a torch module, also one in ``DistributedDataParallel`` or compiled.
 
-        In a script that runs by itself it does nothing.
+        Or into a Keras model, which then has the local objective among its losses until the next task: its ``fit`` and
+        ``compute_loss`` count it, and there is nothing to :meth:`apply`. In a script that runs by itself it does
+        nothing.
+
+        Args:
+            module: Of torch's or Keras's.
 
         Raises:
             ConfigurationError: Names or shapes differ.
         """
         if not self.model.merged():
+            return
+        if is_keras_model(module):
+            load_arrays(module, self.params)
+            put_objective(module, self.objective, self.model)
             return
         own = module.state_dict()
         given = self.params
@@ -123,7 +133,15 @@ class Task:
         Args:
             loss: The task loss, a scalar.
             module: The module in training, with the global model's parameters.
+
+        Raises:
+            ConfigurationError: It is a Keras model, whose losses have the objective since :meth:`load`.
         """
+        if is_keras_model(module):
+            raise ConfigurationError(
+                "a Keras model has the local objective among its losses once task.load(model) was called: "
+                "leave task.apply out"
+            )
         proximal, correction = self.objective.proximal, self.objective.correction
         if not proximal and not correction:
             return loss
@@ -143,7 +161,7 @@ class Task:
     def reply(
         self,
         *,
-        params: Params | None = None,
+        params: Any = None,
         delta: Params | None = None,
         examples: float | None = None,
         metrics: Metrics | None = None,
@@ -153,7 +171,8 @@ class Task:
 
         Args:
             params: The model after training, on any device: all of its state dict, also that of a
-                ``DistributedDataParallel``. With FSDP the whole arrays, gathered by all ranks; rank 0 alone needs them.
+                ``DistributedDataParallel``; or a module, or a Keras model itself. With FSDP the whole arrays, gathered
+                by all ranks; rank 0 alone needs them.
             delta: In place of ``params``: what training has changed in the trained parameters.
             examples: Number of examples trained on, or measured on, > 0, of all ranks: the site's weight in means.
             metrics: Means over them, of which rank 0's count. Those of a task to train are about the training, and
@@ -179,9 +198,9 @@ class Task:
             self._send(self._link, float(examples), measured, tree, "params" if delta is None else "delta")
         self.replied = True
 
-    def _tree(self, params: Params | None, delta: Params | None, buffers: Params | None) -> dict[str, Array]:
+    def _tree(self, params: Any, delta: Params | None, buffers: Params | None) -> dict[str, Array]:
         """Returns what of the reply the server needs."""
-        given = {**(delta or {}), **(buffers or {})} if params is None else dict(params)
+        given = {**(delta or {}), **(buffers or {})} if params is None else arrays_by_name(params)
         refuse_parts(given, "gather them with torch.distributed.checkpoint.state_dict.get_model_state_dict")
         homes = plain_names(given)
         wanted = [*self.model.params, *(self.model.buffers if params is not None or buffers else ())]

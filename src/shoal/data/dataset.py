@@ -235,14 +235,15 @@ class Subset:
         return None if known is None else known[self.indices]
 
     def check(self) -> None:
-        """Looks at all samples of the subset once.
+        """Looks at all samples of the subset once, where they are in memory; others when they are trained on.
 
         Raises:
             DataError: There is none, a number is not finite, or a label is out of range.
         """
         if len(self) == 0:
             raise DataError("there is no sample")
-        ArrayDataset(*self.take(np.arange(len(self))), classes=self.classes).check()
+        if isinstance(self.dataset, ArrayDataset):
+            ArrayDataset(*self.take(np.arange(len(self))), classes=self.classes).check()
 
     def describe(self) -> dict[str, Any]:
         """Returns the data set and a digest of the indices."""

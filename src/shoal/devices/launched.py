@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from typing import Self
 
+from shoal.devices.slurm import hosts_of, ports_of, tasks_of_nodes
 from shoal.errors import ConfigurationError
-
-PORTS = range(15000, 35000)
-"""Where the processes of a Slurm job meet: at a port of the job's own, below those that the system gives away."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +70,11 @@ class Launched:
                 rank=int(environment["SLURM_PROCID"]),
                 count=int(environment["SLURM_NTASKS"]),
                 local_rank=int(environment["SLURM_LOCALID"]),
-                local_count=_tasks_here(environment["SLURM_STEP_TASKS_PER_NODE"], int(environment["SLURM_NODEID"])),
-                address=environment.get("MASTER_ADDR") or _first_host(environment["SLURM_STEP_NODELIST"]),
-                port=int(environment.get("MASTER_PORT") or PORTS[(job * 7 + step) % len(PORTS)]),
+                local_count=tasks_of_nodes(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])],
+                address=environment.get("MASTER_ADDR") or hosts_of(environment["SLURM_STEP_NODELIST"])[0],
+                port=int(environment.get("MASTER_PORT") or ports_of(job, step)[0]),
             )
         except (LookupError, ValueError) as error:
             raise ConfigurationError(
                 f"Slurm's environment is incomplete: {error}; start the ranks with srun"
             ) from error
-
-
-def _first_host(nodes: str) -> str:
-    """Returns the first host of Slurm's short form: ``gpu[07-09,12],cpu1`` begins with ``gpu07``."""
-    found = re.match(r"(?:[^,\[\]]|\[\w[^\]]*\])+", nodes)
-    if found is None:
-        raise ValueError(f"no host in {nodes!r}")
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])  # as in rack[0-7]node[01-16], of each range its first
-
-
-def _tasks_here(counts: str, node: int) -> int:
-    """Returns a node's number of tasks from Slurm's short form: ``2(x3),1`` is 2, 2, 2, 1."""
-    each: list[int] = []
-    for part in counts.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
-            raise ValueError(f"no number of tasks in {part!r}")
-        each += [int(found[1])] * int(found[2] or 1)
-    return each[node]

@@ -8,12 +8,15 @@ from typing import Literal, get_args
 
 from shoal.errors import ConfigurationError, unknown_name
 
-Strategy = Literal["single", "dp", "ddp", "fsdp", "mirrored"]
+Strategy = Literal["single", "dp", "ddp", "fsdp", "mirrored", "multiworker"]
 Accelerator = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
-RANKED = frozenset({"ddp", "fsdp"})
+RANKED = frozenset({"ddp", "fsdp", "multiworker"})
 """The strategies that have a process for each device."""
+
+OF_TENSORFLOW = frozenset({"mirrored", "multiworker"})
+"""The strategies that are TensorFlow's, and not torch's."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,11 @@ class Devices:
     several CUDA devices for each batch (torch's ``DataParallel``). ``ddp``: a process and a copy of the model for each
     device, gradients averaged (``DistributedDataParallel``). ``fsdp``: as ``ddp``, with parameters, gradients and
     optimizer state divided among the devices (``fully_shard``). ``mirrored``: one process, a copy of a Keras model on
-    each device, gradients summed (TensorFlow's ``MirroredStrategy``)."""
+    each device, gradients summed (TensorFlow's ``MirroredStrategy``). ``multiworker``: as ``mirrored``, with a process
+    for each device (``MultiWorkerMirroredStrategy``), or for each machine where ``TF_CONFIG`` says so."""
     count: int | None = None
     """How many devices, on all machines together; None for those that a launcher has started processes for, or with
-    ``dp`` for all there are."""
+    ``dp`` and ``mirrored`` for all there are (of a CPU one)."""
     accelerator: Accelerator = "auto"
     """``cpu``, ``cuda``, or ``auto``: CUDA where there is a CUDA device, else the CPU."""
     ids: Sequence[int] | None = None
@@ -75,7 +79,7 @@ class Devices:
             raise ConfigurationError(f"device ids {list(ids)} name a device twice")
         if self.strategy == "single" and len(ids) > 1:
             raise ConfigurationError(f"strategy 'single' uses one device, not {list(ids)}: use 'ddp', 'fsdp' or 'dp'")
-        if self.strategy == "dp" and self.count not in {None, len(ids)}:
+        if self.strategy in ("dp", "mirrored") and self.count not in {None, len(ids)}:
             raise ConfigurationError(f"{self.count} devices were asked for and {len(ids)} named: leave one out")
 
     def _check_count(self) -> None:

@@ -81,12 +81,13 @@ class SitesEngine:
         self._number = 0
         self._round = 0
 
-    def open(self, learner: Learner, clients: Population) -> None:  # noqa: ARG002 - the sites have their own
+    def open(self, learner: Learner, clients: Population) -> None:  # noqa: ARG002 - the sites have their own data
         """Starts all sites; their ranks stay until :meth:`close`.
 
         Raises:
             ConfigurationError: A site cannot be started, or there are too few devices.
         """
+        learner.preload()
         give_large_memory_back()
         environments = self.allotment.environments(self.sites)
         self._states = {site.name: SiteState(site=site) for site in self.sites}
@@ -206,18 +207,18 @@ class SitesEngine:
             work.close()
 
     def _hand_out(self, work: SiteTask, waiting: Mapping[int, SiteState]) -> None:
-        """Gives the task to those that are ready and have none."""
+        """Gives the task to those whose ranks have all asked for one, so that they go through their tasks together."""
         for client, state in waiting.items():
-            busy = state.task is not None and state.reply is None and state.task != self._number
-            if state.task == self._number or not state.ready or (busy and not self._idle(state)):
+            if state.task == self._number or not state.ready:
+                continue
+            if not state.idle:
+                state.expect()
                 continue
             state.drop_reply()
-            state.task, state.since = self._number, time.monotonic()
-            for rank, connection in sorted(state.ranks.items()):
+            state.begin(self._number)
+            for connection in state.ranks.values():
                 connection.does(ON_ITS_WAY)
-                connection.post(
-                    {"task": work.message(client) | {"rounds": self.rounds}}, work.fd if rank == 0 else None
-                )
+                connection.post({"task": work.message(client) | {"rounds": self.rounds}}, work.fd)
 
     @staticmethod
     def _all_started(waiting: Mapping[int, SiteState]) -> bool:
@@ -225,11 +226,6 @@ class SitesEngine:
         for state in waiting.values():
             state.started = state.started or state.ready or state.task is not None
         return all(state.started for state in waiting.values())
-
-    @staticmethod
-    def _idle(state: SiteState) -> bool:
-        """Tells whether a site that was late has come to the end of its old task."""
-        return all(connection.doing == "waiting" for connection in state.ranks.values())
 
     def _taken(self, state: SiteState, work: SiteTask) -> Reply | None:
         """Returns a site's reply, if it is there and can be used; else notes what is wrong with it."""

@@ -120,7 +120,8 @@ class Experiment:
         if strategy != "single":
             raise ConfigurationError(
                 f"a federation's clients train on one device each, and the learner asks for strategy {strategy!r}: "
-                "use Devices('single'), and `shoal federate --workers N` or torchrun for several devices"
+                "use Devices('single'), and `shoal federate --workers N` or torchrun for several devices; or a "
+                "shoal.Job, whose sites have several each"
             )
         if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ConfigurationError(f"algorithm must be one such as shoal.FedAvg(), not {self.algorithm!r}")

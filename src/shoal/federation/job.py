@@ -51,8 +51,8 @@ class Job:
     args: Sequence[str] = ()
     """Its arguments at all sites."""
     model: Any = None
-    """What the federation starts from where a script trains: a torch module, or a function or class that makes one and
-    is called with torch seeded; or arrays by name."""
+    """What the federation starts from where a script trains: a torch module or a Keras model, or a function or class
+    that makes one and is called with torch or Keras seeded; or arrays by name."""
     learner: Learner | None = None
     """In place of a script: trains at every site, on that site's devices and data."""
     sites: Sequence[Site]
@@ -105,9 +105,9 @@ class Job:
         self._check_leniency()
         if unknown := sorted(set(self.settings) - SETTINGS):
             raise unknown_name("setting of a job", unknown[0], SETTINGS)
-        if self.script is None:
-            self._check_learner()
-        else:
+        if self.learner is not None:
+            self._check_learner(self.learner)
+        elif self.script is not None:
             self._check_script(Path(self.script))
 
     def _check_leniency(self) -> None:
@@ -120,10 +120,9 @@ class Job:
                 f"say with how many at least, as in min_sites={max(len(self.sites) - 1, 1)}"
             )
 
-    def _check_learner(self) -> None:
-        if why := getattr(self.learner, "not_at_sites", None):
-            raise ConfigurationError(why)
+    def _check_learner(self, learner: Learner) -> None:
         for site in self.sites:
+            learner.on(site.spread)  # refused here, if it cannot be
             if site.data is None:
                 raise ConfigurationError(f"{site.name} has no data for the learner: Site({site.name!r}, data=…)")
             if site.python or site.args or site.command:
@@ -231,4 +230,5 @@ class Job:
 
 
 def _run_site(learner: Learner, site: Site) -> None:
-    serve(learner.on(replace(site.spread, precision=learner.devices.precision)), site)
+    # A site's processes see its own CUDA devices alone, counted from 0.
+    serve(learner.on(replace(site.spread, ids=None, precision=learner.devices.precision)), site)

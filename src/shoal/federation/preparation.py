@@ -71,7 +71,8 @@ def prepare(experiment: Experiment) -> Plan:
     population = _population(experiment.clients)
     population.check()
     # Sites are processes that start when their engine is opened: what can be refused before is.
-    made = _made(experiment, population) if isinstance(experiment.engine, SitesEngine) else None
+    early = isinstance(experiment.engine, SitesEngine) and not getattr(experiment.learner, "forks_first", False)
+    made = _made(experiment, population) if early else None
     engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
         return _prepare(experiment, population, (engine, choice), made or _made(experiment, population))

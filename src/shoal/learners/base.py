@@ -297,6 +297,28 @@ class OngoingTraining(Protocol):
 
 
 @runtime_checkable
+class CallingTraining(Protocol):
+    """An ongoing training that calls its framework's own callbacks, and so must be told of epochs."""
+
+    def end_epoch(self, record: Mapping[str, Any]) -> None:
+        """Told of each epoch once it was measured, on all ranks.
+
+        Args:
+            record: The means over training, with ``train_`` before their names, and those over held-out data.
+        """
+        ...  # pragma: no cover
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a callback wants no further epoch; the same on all ranks."""
+        ...  # pragma: no cover
+
+    def finish(self) -> None:
+        """Told of the end of the training."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
 class TrainableLearner(Learner, Protocol):
     """A learner that trains step by step, on all of its devices."""
 

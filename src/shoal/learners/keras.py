@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -18,8 +17,9 @@ from shoal.devices import Devices
 from shoal.errors import ConfigurationError, DataError
 from shoal.learners.batches import batch_sizes, check_divisible, draw_order, draw_seed, part_of_rank
 from shoal.learners.keras_backend import keras, tf
+from shoal.learners.keras_callbacks import Calls, kept
 from shoal.learners.keras_devices import check_strategy, started, strategy_of
-from shoal.learners.keras_model import ResidentModel, replicas
+from shoal.learners.keras_model import ResidentModel
 from shoal.learners.keras_steps import Part, Steps
 from shoal.learners.keras_training import KerasTraining
 from shoal.learners.labels import check_labels
@@ -52,11 +52,8 @@ class KerasLearner:
         ConfigurationError: A value is out of its range, or the model cannot be trained.
     """
 
-    not_at_sites: ClassVar[str] = (
-        "a KerasLearner does not train at sites yet, whose ranks are forked: use shoal.federate with engine='process' "
-        "or 'sequential', or a script with shoal.client"
-    )
-    """Why a :class:`~shoal.Job` refuses it."""
+    forks_first: ClassVar[bool] = True
+    """Processes are forked before it computes in this one, because TensorFlow's threads do not come along."""
     model: Callable[[], Any]
     """Makes and compiles the model. It is called with Python's generator seeded, from which Keras draws its seeds."""
     _: KW_ONLY
@@ -67,7 +64,8 @@ class KerasLearner:
     steps: int | None = None
     """Number of batches in one call to :meth:`fit`, in place of ``epochs``."""
     callbacks: Sequence[Any] = ()
-    """Keras callbacks, copied for each call to :meth:`fit`. Epochs are counted from 0 in each."""
+    """Keras callbacks, copied for each call to :meth:`fit`, in which epochs are counted from 0, and for a training. Of
+    several processes all call them, but one alone those of Keras's that write."""
     keep_optimizer: bool = False
     """Whether the optimizer's state goes on from the last call to :meth:`fit`, whoever's data that had: for one site.
     Otherwise it begins anew."""
@@ -84,6 +82,11 @@ class KerasLearner:
         if self.steps is not None and self.epochs != 1:
             raise ConfigurationError(f"both steps={self.steps} and epochs={self.epochs} are set; leave one out")
         check_strategy(self.devices)
+        if any(isinstance(each, keras.callbacks.BackupAndRestore) for each in self.callbacks):
+            raise ConfigurationError(
+                "BackupAndRestore would put a model of its own in place of the federation's or the run folder's, which "
+                "resume by themselves: leave it out, and use run_dir=… and resume=True"
+            )
 
     def preload(self) -> None:
         """Makes sure that processes can be forked from this one; what training needs was imported with this module.
@@ -164,7 +167,7 @@ class KerasLearner:
             scale_lr: Whether the learning rate is multiplied by the number of devices.
 
         Raises:
-            ConfigurationError: The devices cannot be used, or the learner has callbacks.
+            ConfigurationError: The devices cannot be used.
             DataError: There are fewer examples than devices.
         """
         with closing(KerasTraining(self, data, epochs=epochs, seed=seed, scale_lr=scale_lr)) as training:
@@ -203,10 +206,17 @@ class KerasLearner:
     def describe(self) -> dict[str, Any]:
         """Returns what decides the learner's numbers, as JSON; the devices are left to the run's environment."""
         fields = dataclass_fields(self)
-        kept = {name: fields[name] for name in fields if name not in ("devices", "eval_batch_size")}
+        settings = {name: fields[name] for name in fields if name not in ("devices", "eval_batch_size")}
         model = self.resident.model
         compiled = {"optimizer": _settings(model.optimizer), "loss": _settings(model.loss)}
-        return {"name": type(self).__name__, **kept, **compiled, "precision": self.devices.precision}
+        callbacks = [{"class": type(each).__name__, **describe(kept(each))} for each in self.callbacks]
+        return {
+            "name": type(self).__name__,
+            **settings,
+            **compiled,
+            "callbacks": callbacks,
+            "precision": self.devices.precision,
+        }
 
     @cached_property
     def resident(self) -> ResidentModel:
@@ -220,7 +230,7 @@ class KerasLearner:
 
     @property
     def _replicas(self) -> int:
-        return replicas(self.resident.strategy)
+        return self.resident.replicas
 
     def _make(self, seed: int) -> ResidentModel:
         return ResidentModel(self.model, strategy_of(self.devices), self.devices.precision, seed)
@@ -231,28 +241,44 @@ class KerasLearner:
         sizes = batch_sizes(len(data), batch_size=size, epochs=self.epochs, steps=self.steps)
         a_pass = len(batch_sizes(len(data), batch_size=size, epochs=1, steps=None))
         batches = self.batches(data, draw_order(len(data), sum(sizes), rng), sizes, self.batch_size)
-        steps, calls, means = self.stepper, _Calls(self), _Means()
+        steps, calls, means = self.stepper, self.calls(epochs=-(-len(sizes) // a_pass), steps=a_pass), _Means()
         seen = 0
+        calls.begin()
         for number, (parts, counts) in enumerate(batches):
             epoch, step = divmod(number, a_pass)
             ends = step + 1 == a_pass or number + 1 == len(sizes)
-            calls.before(epoch, step)
+            if step == 0:
+                calls.begin_epoch(epoch)
+            calls.begin_step(step)
             steps.train(parts, counts)
-            stops = calls.after(epoch, step, ends=ends)
             seen += sum(counts)
-            if ends or stops:  # Keras's metrics are an epoch's
-                means.add(steps.means(), seen)
+            if calls:
+                calls.end_step(step, steps.means())
+            if ends or calls.stopping:  # Keras's metrics are an epoch's
+                found = steps.means()
+                calls.end_epoch(epoch, found)
+                means.add(found, seen)
                 steps.forget()
                 seen = 0
-            if stops:
+            if calls.stopping:
                 break
         calls.end(means.means())
         return means.means()
 
+    def calls(self, *, epochs: int, steps: int) -> Calls:
+        """Returns the callbacks for one training.
+
+        Args:
+            epochs: How many there will be.
+            steps: Of an epoch.
+        """
+        leads = self.resident.workers.index == 0
+        return Calls(self.callbacks, self.resident.model, leads=leads, epochs=epochs, steps=steps)
+
     def batches(
         self, data: Dataset, order: np.ndarray, sizes: Sequence[int], batch_size: int | None
     ) -> Generator[tuple[list[Part], list[int]]]:
-        """Yields each step's examples, those of each replica by themselves, and how many of them count.
+        """Yields each step's examples, those of each replica of this process, and how many count on every replica.
 
         Args:
             data: Has them.
@@ -262,52 +288,17 @@ class KerasLearner:
         """
         count = self._replicas
         shares = [part_of_rank(order, sizes, batch_size=batch_size, ranks=count, rank=rank) for rank in range(count)]
+        here = self.resident.own_replicas
         done = [0] * count
         for number in range(len(sizes)):
             parts, counts = [], []
             for rank, (steps, own) in enumerate(shares):
                 [piece] = steps[number]
-                parts.append(data.take(own[done[rank] : done[rank] + piece.computed]))
+                if rank in here:
+                    parts.append(data.take(own[done[rank] : done[rank] + piece.computed]))
                 counts.append(piece.count)
                 done[rank] += piece.computed
             yield parts, counts
-
-
-class _Calls:
-    """The user's callbacks in one call to ``fit``, as Keras's own ``fit`` would call them."""
-
-    def __init__(self, learner: KerasLearner) -> None:
-        self._steps = learner.stepper
-        self._model = learner.resident.model
-        self._list = None
-        if learner.callbacks:
-            own = [copy.deepcopy(callback) for callback in learner.callbacks]
-            self._model.stop_training = False
-            self._list = keras.callbacks.CallbackList(own, add_history=False, model=self._model)
-            self._list.on_train_begin()
-
-    def before(self, epoch: int, step: int) -> None:
-        """Before a step."""
-        if self._list is None:
-            return
-        if step == 0:
-            self._list.on_epoch_begin(epoch)
-        self._list.on_train_batch_begin(step)
-
-    def after(self, epoch: int, step: int, *, ends: bool) -> bool:
-        """After a step, which may be the last of an epoch; returns whether training is to stop."""
-        if self._list is None:
-            return False
-        logs = self._steps.means()
-        self._list.on_train_batch_end(step, logs)
-        if ends:
-            self._list.on_epoch_end(epoch, logs)
-        return bool(self._model.stop_training)
-
-    def end(self, logs: dict[str, float]) -> None:
-        """After all steps."""
-        if self._list is not None:
-            self._list.on_train_end(logs)
 
 
 class _Means:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
 from functools import cache
 from typing import Any
 
-from shoal.devices import Devices
-from shoal.errors import ConfigurationError
+from shoal.devices import REUSE_PORT, WORKERS, Devices, Launched
+from shoal.errors import ConfigurationError, WorkerError
 from shoal.learners.keras_backend import tf
+from shoal.learners.keras_cluster import Cluster, reason
+from shoal.learners.keras_meeting import meet
+from shoal.processes.handlers import handler_kept
 
-STRATEGIES = ("single", "mirrored")
+STRATEGIES = ("single", "mirrored", "multiworker")
 """What a Keras learner can spread over."""
 
 
@@ -21,22 +27,30 @@ def check_strategy(devices: Devices) -> None:
     """
     if devices.strategy not in STRATEGIES:
         raise ConfigurationError(
-            f"strategy {devices.strategy!r} is torch's; a Keras model trains with {' or '.join(map(repr, STRATEGIES))}"
+            f"strategy {devices.strategy!r} is torch's; a Keras model trains with {', '.join(map(repr, STRATEGIES))}"
         )
 
 
-@cache
 def strategy_of(devices: Devices) -> Any:
-    """Returns TensorFlow's strategy for devices; the same one for the same devices.
+    """Returns TensorFlow's strategy for devices; the same one for the same devices, whatever the precision.
 
     GPUs take memory as they need it. On a machine without one, ``mirrored`` has as many logical CPU devices as were
     asked for.
 
     Raises:
-        ConfigurationError: The devices are not there, or TensorFlow has already started with others.
+        ConfigurationError: The devices are not there, or TensorFlow has already started with others; or no launcher has
+            started workers.
+        WorkerError: The other workers did not come.
     """
     check_strategy(devices)
+    return _strategy(dataclasses.replace(devices, precision="fp32"))
+
+
+@cache
+def _strategy(devices: Devices) -> Any:
     _set_threads(devices)
+    if devices.strategy == "multiworker":
+        return _of_workers(devices)
     gpus = _gpus(devices)
     if devices.strategy == "single":
         return tf.distribute.OneDeviceStrategy(f"/gpu:{gpus[0]}" if gpus else "/cpu:0")
@@ -49,6 +63,58 @@ def strategy_of(devices: Devices) -> Any:
     return tf.distribute.MirroredStrategy([f"/cpu:{index}" for index in range(count)], cross_device_ops=summing)
 
 
+def _of_workers(devices: Devices) -> Any:
+    """Meets the other workers; returns the strategy that they have together."""
+    cluster = Cluster.here()
+    if cluster is None:
+        raise ConfigurationError(
+            "strategy 'multiworker' has a process for each device, and nothing says which this is: start it with "
+            f"`shoal train … --strategy multiworker --devices {devices.count or 2}`, or set TF_CONFIG"
+        )
+    if started():
+        raise ConfigurationError(
+            "TensorFlow has started before its workers have met: make the learner's model before anything is computed"
+        )
+    _show_gpus(devices, cluster)
+    cluster.announce()
+    if WORKERS in os.environ:  # whoever has found the ports holds them
+        os.environ[REUSE_PORT] = "true"
+    meet(cluster.workers, cluster.index, shared=os.environ.get(REUSE_PORT) == "true")
+    try:
+        with handler_kept(signal.SIGTERM):  # TensorFlow would note it and go on
+            strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except (tf.errors.OpError, RuntimeError) as error:
+        names = ", ".join(cluster.workers)
+        raise WorkerError(f"the {len(cluster.workers)} workers {names} did not meet: {reason(error)}") from error
+    found = strategy.num_replicas_in_sync
+    if devices.count not in {None, found}:
+        raise ConfigurationError(f"{devices.count} devices were asked for, and the workers have {found} together")
+    return strategy
+
+
+def _show_gpus(devices: Devices, cluster: Cluster) -> None:
+    """Has TensorFlow see the GPUs of this worker alone."""
+    present = tf.config.list_physical_devices("GPU")
+    every = _gpus(dataclasses.replace(devices, strategy="mirrored", count=None))
+    if not every:
+        return
+    place = Launched.here()
+    if cluster.shares_machine and place is not None:
+        if place.local_rank >= len(every):
+            raise ConfigurationError(
+                f"{place.local_count} workers on this machine want a GPU each, and there are {len(every)}: "
+                "use fewer, or accelerator='cpu'"
+            )
+        every = [every[place.local_rank]]
+    tf.config.set_visible_devices([present[index] for index in every], "GPU")
+
+
+def hide_gpus() -> None:
+    """Has TensorFlow leave all GPUs alone, if it has not started yet: others may want their memory."""
+    if not started():
+        tf.config.set_visible_devices([], "GPU")
+
+
 def started() -> bool:
     """Tells whether TensorFlow has started its threads and devices in this process."""
     from tensorflow.python.eager import context  # there is no public name for it
@@ -59,8 +125,11 @@ def started() -> bool:
 def _gpus(devices: Devices) -> list[int]:
     """Returns the indices of the GPUs to use; none for the CPU."""
     if devices.accelerator == "cpu":
+        hide_gpus()
         return []
     present = tf.config.list_physical_devices("GPU")
+    if not started():
+        tf.config.set_visible_devices(present, "GPU")  # a learner on the CPU may have hidden them
     for gpu in present:
         _grow(gpu)
     if devices.ids is None and devices.accelerator == "auto" and not present:
@@ -71,6 +140,11 @@ def _gpus(devices: Devices) -> list[int]:
         raise ConfigurationError(
             f"a CUDA device was asked for, but tensorflow {tf.__version__} sees none; use accelerator='cpu', or "
             "install a build of TensorFlow with CUDA"
+        )
+    if not tf.config.get_visible_devices("GPU"):
+        raise ConfigurationError(
+            "TensorFlow has started without GPUs in this process, for a learner or a model on the CPU: use another "
+            "process for CUDA devices"
         )
     if max(wanted) >= len(present):
         raise ConfigurationError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -13,10 +14,48 @@ from shoal import trees
 from shoal.devices import Precision
 from shoal.errors import ConfigurationError
 from shoal.learners.keras_backend import keras, tf
+from shoal.learners.keras_cluster import WorkerGroup
+from shoal.learners.keras_devices import hide_gpus
 from shoal.types import ModelState, Params
 
 POLICIES: dict[Precision, str] = {"bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 """Keras's names of the precisions in which products are computed."""
+
+
+@dataclass(frozen=True)
+class ModelVariables:
+    """The variables of a model by path."""
+
+    params: Mapping[str, Any]
+    """The trained ones."""
+    buffers: Mapping[str, Any]
+    """The statistics that training gathers."""
+    constants: Mapping[str, Any]
+    """The frozen ones."""
+
+    @classmethod
+    def of(cls, model: Any) -> Self:
+        """Returns those of a Keras model.
+
+        Raises:
+            ConfigurationError: Two have one path.
+        """
+        trained = {id(variable) for variable in model.trainable_variables}
+        statistics = _statistics(model)
+        own = cls({}, {}, {})
+        groups: dict[str, Any] = vars(own)
+        for variable in model.weights:
+            kind = "params" if id(variable) in trained else "buffers" if id(variable) in statistics else "constants"
+            if any(variable.path in group for group in groups.values()):
+                raise ConfigurationError(f"two variables of the model have the path {variable.path}: name their layers")
+            groups[kind][variable.path] = variable
+        return own
+
+    def state(self) -> ModelState:
+        """Returns copies of the arrays."""
+        return ModelState(
+            **{kind: {path: one.numpy() for path, one in group.items()} for kind, group in vars(self).items()}
+        )
 
 
 class ResidentModel:
@@ -35,26 +74,21 @@ class ResidentModel:
     def __init__(self, make: Callable[[], Any], strategy: Any, precision: Precision, seed: int) -> None:
         self.strategy = strategy
         """TensorFlow's."""
+        self.workers = WorkerGroup.of(strategy)
+        """The processes that share the model."""
+        self.replicas = int(strategy.num_replicas_in_sync)
+        """How many copies of it are kept in step, those of other processes included."""
+        each = self.replicas // self.workers.count
+        self.own_replicas = range(self.workers.index * each, (self.workers.index + 1) * each)
+        """Which of them are this process's; all processes have as many."""
         with _numbered_anew(), strategy.scope(), _drawn_from(seed), _computing_in(precision):
             self.model = make()
             """The user's."""
             _check(self.model)
             self.model.optimizer.build(self.model.trainable_variables)
         model = self.model
-        trained = {id(variable) for variable in model.trainable_variables}
-        statistics = _statistics(model)
-        groups: dict[str, dict[str, Any]] = {"params": {}, "buffers": {}, "constants": {}}
-        for variable in model.weights:
-            kind = "params" if id(variable) in trained else "buffers" if id(variable) in statistics else "constants"
-            if any(variable.path in group for group in groups.values()):
-                raise ConfigurationError(f"two variables of the model have the path {variable.path}: name their layers")
-            groups[kind][variable.path] = variable
-        self.params: Mapping[str, Any] = groups["params"]
-        """The trained variables by path."""
-        self.buffers: Mapping[str, Any] = groups["buffers"]
-        """The statistics that training gathers."""
-        self.constants: Mapping[str, Any] = groups["constants"]
-        """The frozen variables."""
+        own = ModelVariables.of(model)
+        self.params, self.buffers, self.constants = own.params, own.buffers, own.constants
         weights = {id(variable) for variable in model.weights}
         self._noise = [
             variable
@@ -65,7 +99,7 @@ class ResidentModel:
 
     def state(self) -> ModelState:
         """Returns copies of the model's arrays."""
-        return ModelState(params=_arrays(self.params), buffers=_arrays(self.buffers), constants=_arrays(self.constants))
+        return ModelVariables(self.params, self.buffers, self.constants).state()
 
     def load(self, model: ModelState) -> None:
         """Puts arrays into the model.
@@ -107,12 +141,21 @@ class ResidentModel:
         Raises:
             ConfigurationError: A schedule decides it.
         """
-        schedules = keras.optimizers.schedules.LearningRateSchedule
-        if isinstance(self._optimizer._learning_rate, schedules):  # noqa: SLF001 - the public name is a number
+        if self._scheduled:
             raise ConfigurationError(
                 "scale_lr multiplies one learning rate, and the model was compiled with a schedule: scale that one"
             )
         self._optimizer.learning_rate = self.rate * factor
+
+    def put_rate(self, rate: float) -> None:
+        """Sets the learning rate, unless a schedule decides it."""
+        if not self._scheduled:
+            self._optimizer.learning_rate = rate
+
+    @property
+    def _scheduled(self) -> bool:
+        schedules = keras.optimizers.schedules.LearningRateSchedule
+        return isinstance(self._optimizer._learning_rate, schedules)  # noqa: SLF001 - the public name is a number
 
     def optimizer_state(self) -> dict[str, np.ndarray]:
         """Returns copies of the optimizer's variables, by their places."""
@@ -136,10 +179,36 @@ class ResidentModel:
         return getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
 
     def reseed(self, seed: int) -> None:
-        """Lets dropout and the like draw from a seed."""
+        """Lets dropout and the like draw from a seed, on each replica from one of its own."""
         for number, variable in enumerate(self._noise):
-            drawn = np.random.SeedSequence([seed, number]).generate_state(1, np.uint32)[0]
-            variable.assign(np.array([drawn, 0], np.uint32))
+            copies = self.strategy.experimental_local_results(variable.value)
+            for replica, own in zip(self.own_replicas, copies, strict=True):
+                words = [seed, number, replica] if replica else [seed, number]
+                drawn = np.random.SeedSequence(words).generate_state(1, np.uint32)[0]
+                own.assign(np.array([drawn, 0], np.uint32))
+
+
+def first_model(make: Any, seed: int) -> ModelState | None:
+    """Returns a model before training, as a learner would begin with it; None where it is no Keras model.
+
+    Args:
+        make: Makes it; or the model itself.
+        seed: Decides the first weights.
+
+    Raises:
+        ConfigurationError: It has no variables yet.
+    """
+    model = make
+    if not isinstance(make, keras.Model):
+        if not callable(make):
+            return None
+        hide_gpus()  # which the sites want
+        with _numbered_anew(), _drawn_from(seed):
+            model = make()
+    if not isinstance(model, keras.Model):
+        return None
+    _check_built(model)
+    return ModelVariables.of(model).state()
 
 
 def _check(model: Any) -> None:
@@ -148,16 +217,20 @@ def _check(model: Any) -> None:
         raise ConfigurationError(f"model must be a function that makes a keras.Model, and it made {model!r}")
     if not model.compiled or model.optimizer is None:
         raise ConfigurationError("the model is not compiled: call model.compile(optimizer=…, loss=…) in the function")
-    if not model.weights:
-        raise ConfigurationError(
-            "the model has no variables yet: give it a keras.Input, or call model.build(shape) in the function"
-        )
+    _check_built(model)
     if not model.trainable_variables:
         raise ConfigurationError("no variable of the model can be trained: all its layers are frozen")
     if type(model).train_step is not keras.Model.train_step or type(model).test_step is not keras.Model.test_step:
         raise ConfigurationError(
             f"{type(model).__name__} has a train_step or test_step of its own, which shoal's loop would not call: "
             "override compute_loss instead, or use the model in a script with shoal.client"
+        )
+
+
+def _check_built(model: Any) -> None:
+    if not model.weights:
+        raise ConfigurationError(
+            "the model has no variables yet: give it a keras.Input, or call model.build(shape) in the function"
         )
 
 
@@ -169,10 +242,6 @@ def _statistics(model: Any) -> set[int]:
             own = layer._non_trainable_variables  # noqa: SLF001 - without those of layers within it
             found |= {id(variable) for variable in own if "float" in variable.dtype}
     return found
-
-
-def _arrays(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {path: variable.numpy() for path, variable in variables.items()}
 
 
 @contextmanager
@@ -206,8 +275,3 @@ def _computing_in(precision: Precision) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(policy)
-
-
-def replicas(strategy: Any) -> int:
-    """Returns how many copies of the model a strategy keeps in step."""
-    return int(strategy.num_replicas_in_sync)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from shoal.learners.keras_backend import keras, tf
-from shoal.learners.keras_model import ResidentModel, replicas
+from shoal.learners.keras_cluster import explained
+from shoal.learners.keras_model import ResidentModel
 from shoal.types import Broadcast
 
 Part = tuple[np.ndarray, np.ndarray]
@@ -33,7 +34,8 @@ class Steps:
         self._resident = resident
         self._model = resident.model
         self._strategy = resident.strategy
-        self._replicas = replicas(resident.strategy)
+        self._replicas = resident.replicas
+        self._own = resident.own_replicas
         self._prepared = False
         with self._strategy.scope():
             self._loss = keras.metrics.Mean(name="loss")
@@ -51,15 +53,21 @@ class Steps:
 
     def forget(self) -> None:
         """Starts sums and means anew, under the same objective."""
-        self._model.reset_metrics()
-        self._loss.reset_state()
+        if len(self._own) == self._replicas or not self._prepared:
+            self._reset()
+        else:
+            self._reset_function()
 
     def train(self, parts: Sequence[Part], counts: Sequence[int]) -> None:
         """Makes one step.
 
         Args:
-            parts: Each replica's inputs and targets.
-            counts: How many examples of each count; a replica that has none computes one that does not.
+            parts: The inputs and targets of each replica of this process.
+            counts: How many examples count, of each replica of all processes; a replica that has none computes one that
+                does not.
+
+        Raises:
+            WorkerError: Another process is gone.
         """
         shares = [self._replicas * count / sum(counts) for count in counts]
         self._run(self._train_step, self._columns(parts, counts, shares), self._terms)
@@ -74,23 +82,29 @@ class Steps:
         return found
 
     def means(self) -> dict[str, float]:
-        """Returns the loss and the compiled metrics, over all examples since they were started."""
-        found = self._model.get_metrics_result() | {"loss": self._loss.result()}
-        return {name: float(value) for name, value in found.items()}
+        """Returns the loss and the compiled metrics, over all examples of all processes since they were started.
+
+        Raises:
+            WorkerError: Another process is gone.
+        """
+        with explained():
+            found = self._model.get_metrics_result() | {"loss": self._loss.result()}
+            return {name: float(value) for name, value in found.items()}
 
     def _columns(self, parts: Sequence[Part], *numbers: Sequence[float]) -> list[list[Any]]:
-        """Returns the inputs, the targets and some numbers as tensors, each of them by replica."""
+        """Returns the inputs, the targets and some numbers as tensors, each of them by replica of this process."""
         if not self._prepared:  # no variable of the metrics can be made within a step
             with self._strategy.scope():
                 self._model._symbolic_build(data_batch=parts[0])  # noqa: SLF001 - as its own fit does
             self._prepared = True
         batches = [[tf.convert_to_tensor(part[place]) for part in parts] for place in (0, 1)]
-        return batches + [[tf.constant(number, tf.float32) for number in column] for column in numbers]
+        own = [column[self._own.start : self._own.stop] for column in numbers]
+        return batches + [[tf.constant(number, tf.float32) for number in column] for column in own]
 
     def _run(self, step: Callable[..., None], columns: list[list[Any]], terms: Terms) -> None:
         """Runs a step on all replicas."""
         key = (step.__name__, *sorted(terms))
-        with self._strategy.scope():
+        with explained(), self._strategy.scope():
             if key not in self._functions:
                 self._functions[key] = self._compiled(step, columns, terms)
             self._functions[key](columns, terms)
@@ -102,6 +116,16 @@ class Steps:
         )
         return function
 
+    def _reset(self) -> None:
+        self._model.reset_metrics()
+        self._loss.reset_state()
+
+    @cached_property
+    def _reset_function(self) -> Callable[[], None]:
+        """Resets on this process's replicas; from outside of a step TensorFlow would ask all processes each time."""
+        function: Callable[[], None] = tf.function(lambda: self._strategy.run(self._reset), autograph=False)
+        return function
+
     def _compiled(self, step: Callable[..., None], columns: list[list[Any]], terms: Terms) -> Callable[..., None]:
         """Returns a function that runs a step on all replicas, for batches of any size.
 
@@ -109,18 +133,15 @@ class Steps:
         depend on those before it.
         """
         model, strategy = self._model, self._strategy
-        inner = step
-        if model.jit_compile and not model.run_eagerly:
-            inner = tf.function(step, jit_compile=True)
 
         def on_replica(columns: list[list[Any]], terms: Terms) -> None:
-            place = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
-            inner(*(column[place] for column in columns), terms)
+            replica = int(tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group))
+            step(*(column[self._own.index(replica)] for column in columns), terms)
+            if step == self._train_step:
+                self._average_statistics()
 
         def run(columns: list[list[Any]], terms: Terms) -> None:
             strategy.run(on_replica, args=(columns, terms))
-            if step == self._train_step:
-                self._average_statistics()
 
         if model.run_eagerly:
             return run
@@ -133,32 +154,58 @@ class Steps:
         return compiled
 
     def _average_statistics(self) -> None:
-        """Sets the statistics of all replicas to their mean; each has seen its own part of the batch."""
-        if self._replicas == 1:
+        """Sets this replica's statistics to the mean over all; each has seen its own part of the batch."""
+        if self._replicas == 1 or not self._resident.buffers:
             return
-        for variable in self._resident.buffers.values():
-            copies = variable.value.values
-            mean = tf.add_n([tf.identity(copy) for copy in copies]) / self._replicas
-            for copy in copies:
-                copy.assign(mean)
+        variables = list(self._resident.buffers.values())
+        own = [tf.identity(tf.convert_to_tensor(variable)) for variable in variables]
+        means = tf.distribute.get_replica_context().all_reduce("mean", own)
+        for variable, mean in zip(variables, means, strict=True):
+            variable.assign(mean)
+
+    def _jitted(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function as XLA compiles it, if the model was compiled with ``jit_compile``."""
+        if not self._model.jit_compile or self._model.run_eagerly:
+            return function
+        compiled: Callable[..., Any] = tf.function(function, jit_compile=True)
+        return compiled
 
     def _train_step(self, inputs: Any, targets: Any, counted: Any, share: Any, terms: Terms) -> None:
-        model, optimizer = self._model, self._model.optimizer
-        variables = model.trainable_variables
-        with tf.GradientTape() as tape:
-            outputs = self._outputs(inputs, training=True)
-            loss = model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=True)
-            objective = tf.cast(loss, tf.float32) * share
-            objective += self._term(variables, terms) / self._replicas
-            scaled = optimizer.scale_loss(objective)
-        gradients = tape.gradient(scaled, variables)
+        optimizer, variables = self._model.optimizer, self._model.trainable_variables
+        outputs, loss, gradients = self._gradients(inputs, targets, share, terms)
         optimizer.apply(self._clipped(gradients), variables)
         self._count(inputs, targets, outputs, loss, counted)
 
     def _test_step(self, inputs: Any, targets: Any, counted: Any, _terms: Terms) -> None:
-        outputs = self._outputs(inputs, training=False)
-        loss = self._model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=False)
+        outputs, loss = self._measures(inputs, targets)
         self._count(inputs, targets, outputs, loss, counted)
+
+    @cached_property
+    def _gradients(self) -> Callable[..., tuple[Any, Any, list[Any]]]:
+        """What a step does before replicas exchange anything; XLA compiles no exchange."""
+
+        def gradients(inputs: Any, targets: Any, share: Any, terms: Terms) -> tuple[Any, Any, list[Any]]:
+            model = self._model
+            variables = model.trainable_variables
+            with tf.GradientTape() as tape:
+                outputs = self._outputs(inputs, training=True)
+                loss = model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=True)
+                objective = tf.cast(loss, tf.float32) * share
+                objective += self._term(variables, terms) / self._replicas
+                scaled = model.optimizer.scale_loss(objective)
+            return outputs, loss, tape.gradient(scaled, variables)
+
+        return self._jitted(gradients)
+
+    @cached_property
+    def _measures(self) -> Callable[..., tuple[Any, Any]]:
+        """What a step of an evaluation does before that."""
+
+        def measures(inputs: Any, targets: Any) -> tuple[Any, Any]:
+            outputs = self._outputs(inputs, training=False)
+            return outputs, self._model.compute_loss(x=inputs, y=targets, y_pred=outputs, training=False)
+
+        return self._jitted(measures)
 
     def _outputs(self, inputs: Any, *, training: bool) -> Any:
         takes = self._model._call_has_training_arg  # noqa: SLF001 - as its own fit does

@@ -15,7 +15,6 @@ from shoal.data import Dataset
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Batching, never
 from shoal.learners.batches import batch_sizes, check_divisible, draw_order, draw_seed
-from shoal.learners.keras_model import replicas
 from shoal.learners.keras_steps import Part
 from shoal.randomness import further_seed, generator
 from shoal.trees import flatten, nbytes, unflatten
@@ -41,27 +40,22 @@ class KerasTraining:
         scale_lr: Whether the learning rate is multiplied with the effective batch by that of one device.
 
     Raises:
-        ConfigurationError: The learner has what a training does not call, or a schedule that cannot be scaled.
+        ConfigurationError: The learner's model has a schedule that cannot be scaled.
         DataError: There are fewer examples than devices.
     """
 
-    rank = 0
-    """One process has all devices."""
-    ranks = 1
-    """Likewise."""
-
     def __init__(self, learner: KerasLearner, data: Dataset, *, epochs: int, seed: int, scale_lr: bool) -> None:
-        if learner.callbacks:
-            raise ConfigurationError(
-                "a KerasLearner's callbacks are for its fit in a federation; a training has patience=…, checkpoints, "
-                "TensorBoard and callbacks=… of its own: leave callbacks out of the learner"
-            )
         learner.init(seed)
         self._learner = learner
         self._data = data
         self._seed = seed
         self._resident = resident = learner.resident
-        devices = replicas(resident.strategy)
+        devices = resident.replicas
+        self._group = resident.workers
+        self.rank = self._group.index
+        """Which process this is of those that share the model."""
+        self.ranks = self._group.count
+        """How many there are; one where it has all devices."""
         check_divisible(len(data), devices)
         self.accelerator = resident.accelerator
         """The kind of device that the model is on."""
@@ -77,6 +71,7 @@ class KerasTraining:
         if scale_lr:
             resident.scale_rate(devices)
         self._steps = learner.stepper
+        self._calls = learner.calls(epochs=epochs, steps=self.steps_per_epoch)
         self._epoch: Batches | None = None
         self._looked = time.perf_counter(), time.process_time()
 
@@ -97,7 +92,11 @@ class KerasTraining:
                 self._epoch = self._open_epoch()
             parts, counts = next(self._epoch)
             self._resident.reseed(further_seed(self._seed, "noise", round=self.step))
+            place = self.step % self.steps_per_epoch
+            self._calls.begin_step(place)
             self._steps.train(parts, counts)
+            if self._calls:
+                self._calls.end_step(place, self._steps.means())
             examples += sum(counts)
             self.step += 1
             if self.step % self.steps_per_epoch == 0:
@@ -106,6 +105,24 @@ class KerasTraining:
             if stop():
                 break
         return self._steps.means(), examples
+
+    def end_epoch(self, record: Mapping[str, Any]) -> None:
+        """Tells the learner's callbacks of an epoch, with ``val_`` before the names of what was measured."""
+        logs: dict[str, float] = {}
+        for key in record:
+            name = key.removeprefix("train_")
+            if name != key:
+                logs |= {name: record[key]} | ({f"val_{name}": record[name]} if name in record else {})
+        self._calls.end_epoch(self.step // self.steps_per_epoch - 1, logs)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a callback of the learner wants no further epoch; what rank 0's say counts."""
+        return bool(self._calls) and bool(self.agreed(float(self._calls.stopping)))
+
+    def finish(self) -> None:
+        """Tells the learner's callbacks of the end."""
+        self._calls.end({})
 
     def close(self) -> None:
         """Ends what is left of an epoch."""
@@ -116,6 +133,11 @@ class KerasTraining:
     def _open_epoch(self) -> Batches:
         """Yields what is left of the epoch."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
+        held, rate = self._calls.state(), self._resident.rate
+        self._calls.begin_epoch(epoch)
+        if done:  # what that did is in the state already
+            self._calls.restore(held)
+            self._resident.put_rate(rate)
         size, total = self.batching.effective, len(self._data)
         rng = generator(self._seed, "fit", round=epoch + 1)
         draw_seed(rng)  # as in a client's training, which an epoch is
@@ -150,12 +172,13 @@ class KerasTraining:
         return [self._resident.rate]
 
     def usage(self) -> list[tuple[float, float]]:
-        """Returns the process's peak memory in bytes, and the share of time that its CPUs were busy; NaN on a GPU."""
+        """Returns each process's peak memory in bytes, and the share of time that its CPUs were busy; NaN on a GPU."""
         now = time.perf_counter(), time.process_time()
         share = (now[1] - self._looked[1]) / max(now[0] - self._looked[0], 1e-9)
         self._looked = now
         peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-        return [(peak, share) if self.accelerator == "cpu" else (float("nan"), float("nan"))]
+        own = (peak, share) if self.accelerator == "cpu" else (float("nan"), float("nan"))
+        return [(memory, busy) for memory, busy in self._group.gather(own)]
 
     def recorded(self, path: Path) -> AbstractContextManager[None]:  # noqa: ARG002 - as of others
         """Refuses: the recording is torch's.
@@ -168,39 +191,51 @@ class KerasTraining:
         )
 
     def agreed(self, seconds: float) -> float:
-        """Returns what rank 0 says, which this is."""
-        return seconds
+        """Returns what rank 0 says."""
+        return self._group.gather([seconds])[0][0]
 
     def model(self) -> ModelState:
         """Returns copies of the model's arrays."""
         return self._resident.state()
 
     def put(self, model: ModelState | None) -> None:
-        """Replaces the model's arrays."""
-        if model is not None:
-            self._resident.load(model)
+        """Replaces the model's arrays by those that rank 0 gives; the others give None."""
+        trees, _ = self._group.share(None if model is None else _flat(model), None)
+        if trees:
+            self._resident.load(_model(trees))
 
     def state(self) -> tuple[Params, dict[str, Any]]:
         """Returns all that a crash must not lose, as arrays and JSON."""
-        model = self.model()
-        arrays = {"params": model.params, "buffers": model.buffers, "constants": model.constants}
-        return flatten(arrays | {"optimizer": self._resident.optimizer_state()}), {"step": self.step}
+        optimizer = flatten({"optimizer": self._resident.optimizer_state()})
+        return {**_flat(self.model()), **optimizer}, {"step": self.step, "calls": self._calls.state()}
 
     def restore(self, tensors: Params | None, meta: Mapping[str, Any] | None) -> dict[str, Any]:
         """Goes on from a state.
 
         Args:
-            tensors: As :meth:`state` gave them; None where there is no state.
+            tensors: As :meth:`state` gave them; None on ranks other than 0, and where there is no state.
             meta: Likewise, and further JSON.
 
         Returns:
-            The JSON; empty where there is no state.
+            The JSON of rank 0; empty where there is no state.
         """
-        if tensors is None or meta is None:
+        self._calls.begin()
+        arrays, told = self._group.share(tensors, meta)
+        if not told:
             return {}
-        trees = unflatten(tensors)
-        self._resident.load(ModelState(**{part: trees.get(part, {}) for part in ("params", "buffers", "constants")}))
-        self._resident.load_optimizer(trees.get("optimizer", {}))
+        self._resident.load(_model(arrays))
+        self._resident.load_optimizer(unflatten(arrays).get("optimizer", {}))
+        self._calls.restore(told["calls"])
         self.close()
-        self.step = int(meta["step"])
-        return dict(meta)
+        self.step = int(told["step"])
+        return told
+
+
+def _flat(model: ModelState) -> Params:
+    return flatten({"params": model.params, "buffers": model.buffers, "constants": model.constants})
+
+
+def _model(arrays: Params) -> ModelState:
+    """Undoes :func:`_flat`; further arrays do not matter."""
+    trees = unflatten(arrays)
+    return ModelState(**{kind: trees.get(kind, {}) for kind in ("params", "buffers", "constants")})

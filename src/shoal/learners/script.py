@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +33,8 @@ class ScriptLearner:
 
     Args:
         script: The script's path.
-        model: A torch module, or what makes one; or arrays by name, of numpy's or torch's; or a model that was saved.
+        model: A torch module or a Keras model, or what makes one; or arrays by name, of numpy's or torch's; or a model
+            that was saved.
         args: The script's arguments at all sites.
     """
 
@@ -49,7 +51,7 @@ class ScriptLearner:
         """Does nothing: the sites' own processes load what they need."""
 
     def init(self, seed: int) -> ModelState:
-        """Returns the model before training; a function that makes a module is called with torch seeded."""
+        """Returns the model before training; a function that makes one is called with its framework seeded."""
         model, self.__dict__["_ties"] = self._made(seed)  # the slot of the cached property
         return model
 
@@ -100,6 +102,8 @@ class ScriptLearner:
             return self.model, self.model.ties
         if isinstance(self.model, Mapping):
             return _by_kind(self.model), {}
+        if (made := _made_by_keras(self.model, seed)) is not None:
+            return made, {}
         import torch
 
         from shoal.learners.torch_model import ResidentModel
@@ -127,6 +131,16 @@ def ties_of(model: ModelState, state_dict: Params) -> dict[str, str]:
     merged = model.merged()
     homes = {id(array): name for name, array in merged.items()}
     return {name: homes[id(array)] for name, array in state_dict.items() if name not in merged}
+
+
+def _made_by_keras(model: Any, seed: int) -> ModelState | None:
+    """Returns a Keras model before training; None where it is none, which it can only be if Keras was imported."""
+    keras = sys.modules.get("keras")
+    if keras is None or keras.config.backend() != "tensorflow":
+        return None
+    from shoal.learners.keras_model import first_model
+
+    return first_model(model, seed)
 
 
 def _by_kind(arrays: Mapping[str, Any]) -> ModelState:

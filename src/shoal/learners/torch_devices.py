@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.devices import Devices, Launched, Precision
+from shoal.devices import OF_TENSORFLOW, Devices, Launched, Precision
 from shoal.errors import ConfigurationError
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,8 +21,10 @@ def check_strategy(devices: Devices) -> None:
     Raises:
         ConfigurationError: It is.
     """
-    if devices.strategy == "mirrored":
-        raise ConfigurationError("strategy 'mirrored' is TensorFlow's: with torch use 'ddp', or a shoal.KerasLearner")
+    if devices.strategy in OF_TENSORFLOW:
+        raise ConfigurationError(
+            f"strategy {devices.strategy!r} is TensorFlow's: with torch use 'ddp', or a shoal.KerasLearner"
+        )
 
 
 def resolve(devices: Devices) -> torch.device:

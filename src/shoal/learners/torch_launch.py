@@ -9,13 +9,14 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.devices import cores_each
+from shoal.devices import THREADS, cores_each
 from shoal.errors import Terminated, WorkerError
+from shoal.learners.torch_worker_ports import told_of_workers
 
 MEETING = 300
 """Seconds in which all nodes must have come."""
@@ -91,6 +92,7 @@ def launch_ranks(
     nodes: Nodes | None = None,
     all_heard: bool = False,
     within: Path | None = None,
+    of_tensorflow: bool = False,
 ) -> None:
     """Runs a command, or a function, in several ranks, and waits until all of them have ended.
 
@@ -104,6 +106,7 @@ def launch_ranks(
         all_heard: Whether to show all that any rank writes, to either stream, each line headed by its rank.
         within: A folder that will be removed even if this process is killed, for what the ranks write; None for the
             system's.
+        of_tensorflow: Whether to tell the ranks where each of them listens, as TensorFlow's workers must know.
 
     Raises:
         RanksFailedError: A rank failed.
@@ -115,12 +118,14 @@ def launch_ranks(
     from torch.distributed.launcher.api import elastic_launch
 
     with tempfile.TemporaryDirectory(prefix="shoal-ranks-", dir=within) as logs, _quiet(), _threads(processes):
+        told = told_of_workers(processes, nodes, MEETING) if of_tensorflow else nullcontext()
         try:
             config = _config(processes, nodes, Path(logs), all_heard=all_heard)
-            if callable(body):
-                elastic_launch(config, body)()
-            else:
-                elastic_launch(config, body[0])(*body[1:])
+            with told:
+                if callable(body):
+                    elastic_launch(config, body)()
+                else:
+                    elastic_launch(config, body[0])(*body[1:])
         except ChildFailedError as error:
             cause = _first_cause(error.failures, Path(logs), first=_has_leader(nodes))
             raise RanksFailedError(cause) from error
@@ -214,12 +219,10 @@ def _quiet() -> Iterator[None]:
 @contextmanager
 def _threads(processes: int) -> Iterator[None]:
     """Divides the cores among the ranks, unless the user has said how many threads they may use."""
-    name = "OMP_NUM_THREADS"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = str(cores_each(processes))
+    unsaid = [name for name in THREADS if name not in os.environ]
+    os.environ.update(dict.fromkeys(unsaid, str(cores_each(processes))))
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in unsaid:
+            del os.environ[name]

@@ -57,10 +57,20 @@ def gloo_over(interface: str | None) -> Iterator[None]:
 def interface_towards(host: str, port: int) -> str | None:
     """Returns the network interface through which this machine reaches another; None where it is not known."""
     try:
-        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)  # sends nothing: the system only looks up the way
-            own: str = probe.getsockname()[0]
+        own = address_towards(host, port)
     except OSError:
         return None
     return interface_of(own)
+
+
+def address_towards(host: str, port: int) -> str:
+    """Returns this machine's IP address as another sees it.
+
+    Raises:
+        OSError: There is no way to that host.
+    """
+    kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(kind, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing: the system only looks up the way
+        own: str = probe.getsockname()[0]
+    return own

@@ -19,7 +19,9 @@ CONNECT = 30.0
 """Seconds in which the server must answer."""
 
 
-def attend(address: Address, site: str, body: Sequence[str] | Callable[[], None], ranks: int) -> None:
+def attend(
+    address: Address, site: str, body: Sequence[str] | Callable[[], None], ranks: int, *, of_tensorflow: bool
+) -> None:
     """Starts a site's ranks whenever the server says so, until it ends.
 
     Args:
@@ -27,6 +29,7 @@ def attend(address: Address, site: str, body: Sequence[str] | Callable[[], None]
         site: The site's name.
         body: The command of a rank, or what to call in one that is forked from this process.
         ranks: How many there are.
+        of_tensorflow: Whether they are TensorFlow's workers.
     """
     os.environ[FOLDER], os.environ[NAME] = str(address.folder), site
     with address.call(CONNECT) as server:
@@ -35,7 +38,7 @@ def attend(address: Address, site: str, body: Sequence[str] | Callable[[], None]
         send(server, {"key": address.key, "site": site, "attempt": 0})
         while (attempt := orders.next_launch()) is not None:
             os.environ[ATTEMPT] = str(attempt)
-            told = _launch(body, ranks, orders, address)
+            told = _launch(body, ranks, orders, address, of_tensorflow=of_tensorflow)
             with contextlib.suppress(OSError):  # the server is gone
                 send(server, told | {"attempt": attempt})
         if orders.lost:
@@ -97,13 +100,15 @@ class _Orders:
         return received[0] if received else None
 
 
-def _launch(body: Sequence[str] | Callable[[], None], ranks: int, orders: _Orders, address: Address) -> dict[str, Any]:
+def _launch(
+    body: Sequence[str] | Callable[[], None], ranks: int, orders: _Orders, address: Address, *, of_tensorflow: bool
+) -> dict[str, Any]:
     """Runs the ranks to their end; returns what to tell of it."""
     from shoal.learners.torch_launch import RanksFailedError, launch_ranks
 
     try:
         with orders.running():
-            launch_ranks(body, processes=ranks, all_heard=True, within=address.folder)
+            launch_ranks(body, processes=ranks, all_heard=True, within=address.folder, of_tensorflow=of_tensorflow)
     except RanksFailedError as error:
         failure = error.failure
         told = {"rank": failure.rank, "what": str(failure), "by_others": failure.by_others}
@@ -114,11 +119,15 @@ def _launch(body: Sequence[str] | Callable[[], None], ranks: int, orders: _Order
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Is the process: ``python -m shoal.sites.agent RANKS COMMAND …``."""
+    """Is the process: ``python -m shoal.sites.agent RANKS STRATEGY COMMAND …``."""
     address = Address.here()
     if address is None:
         raise SystemExit("shoal.sites.agent is started by a federation's server")
-    attend(address, os.environ[NAME], list(arguments[1:]), int(arguments[0]))
+    ranks, strategy, *command = arguments
+    of_tensorflow = strategy == "multiworker"
+    if of_tensorflow:
+        command = [command[0], "-m", "shoal.sites.tensorflow_worker", *command]
+    attend(address, os.environ[NAME], command, int(ranks), of_tensorflow=of_tensorflow)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shoal.devices import Accelerator, cores_each
+from shoal.devices import THREADS, Accelerator, cores_each
 from shoal.errors import ConfigurationError
 from shoal.sites.spec import Site
 
@@ -37,11 +37,8 @@ class Allotment:
         found = []
         threads = str(cores_each(sum(site.ranks for site in sites)))
         for site in sites:
-            env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-            if not self._wants_cuda(site):
-                env[VISIBLE] = ""
-            elif site.name in own:
-                env[VISIBLE] = ",".join(own[site.name])
+            env = {name: os.environ.get(name, threads) for name in THREADS}
+            env[VISIBLE] = ",".join(own.get(site.name, ()))  # none, too, where torch sees none: another framework may
             found.append(env)
         return found
 
@@ -63,12 +60,13 @@ class Allotment:
             own = [present[index] for index in ids]
         else:
             free = [device for device in present if device not in taken]
-            own = free[: site.ranks]
-            if self.share_devices and len(own) < site.ranks:
-                own = list(present[: site.ranks])
-            if len(own) < site.ranks:
+            wanted = site.spread.count or site.ranks
+            own = free[:wanted]
+            if self.share_devices and len(own) < wanted:
+                own = list(present[:wanted])
+            if len(own) < wanted:
                 raise ConfigurationError(
-                    f"{site.name} wants {site.ranks} CUDA devices, and of {len(present)} on this machine "
+                    f"{site.name} wants {wanted} CUDA devices, and of {len(present)} on this machine "
                     f"{len(free)} are free: use fewer, share_devices=True, or accelerator='cpu'"
                 )
         for device in own:

@@ -64,7 +64,7 @@ def start_script(script: str, args: Sequence[str]) -> Starter:
     def start(address: Address, site: Site, env: Mapping[str, str]) -> Launcher:
         python = site.python or sys.executable
         rank = [python, "-u", script, *args, *site.args]
-        command = [*site.command, python, "-m", "shoal.sites.agent", str(site.ranks), *rank]
+        command = [*site.command, python, "-m", "shoal.sites.agent", str(site.ranks), site.spread.strategy, *rank]
         own = {FOLDER: str(address.folder), NAME: site.name}
         try:
             process = subprocess.Popen(
@@ -99,7 +99,8 @@ def start_forked(body: Callable[[Site], None]) -> Starter:
             # A notebook, or whatever else has put its own in their place, shall not have what the ranks write.
             sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
             os.environ.update({**env, **site.env})
-            attend(address, site.name, rank, site.ranks)
+            of_tensorflow = site.spread.strategy == "multiworker"
+            attend(address, site.name, rank, site.ranks, of_tensorflow=of_tensorflow)
 
         def rank() -> None:
             # The elastic launcher's own handler waits for Python's turn, which a rank that waits in C does not give.

@@ -67,7 +67,11 @@ class Site:
             raise ConfigurationError(
                 f"config of {self.name} has {size} bytes, of at most {LARGEST_CONFIG}: give the path of a file"
             )
-        self.spread  # noqa: B018 - refused here, if it cannot be
+        spread = self.spread  # refused here, if it cannot be
+        if spread.strategy != "single" and spread.count is None and spread.ids is None:
+            raise ConfigurationError(
+                f"{self.name} does not say how many devices it has: Devices({spread.strategy!r}, count=…)"
+            )
 
     @property
     def spread(self) -> Devices:

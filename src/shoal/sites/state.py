@@ -20,6 +20,9 @@ PATIENCE = 5.0
 
 EARLY = "left its loop over the tasks before they ended"
 
+WAITING = "waiting"
+"""What a rank does that has asked for a task."""
+
 ON_ITS_WAY = "going to its next task"
 """What a rank does that was given a task and has not said that it has it."""
 
@@ -94,7 +97,9 @@ class SiteState:
     task: int | None = None
     """The number of the task that it works at."""
     since: float = field(default_factory=time.monotonic)
-    """When it was given that, or was started."""
+    """When it was given that, or should have come for it, or was started."""
+    expected: bool = False
+    """Whether there is a task for it that some rank has not come for."""
     reply: Reply | None = None
     """Its answer, until the engine takes it."""
     failure: Failure | None = None
@@ -114,6 +119,20 @@ class SiteState:
     def ready(self) -> bool:
         """Whether all of its ranks have asked for a first task."""
         return self.present and not any(rank.gone or rank.doing in ("starting", LEFT) for rank in self.ranks.values())
+
+    @property
+    def idle(self) -> bool:
+        """Whether all of its ranks wait for a task."""
+        return all(rank.doing == WAITING for rank in self.ranks.values())
+
+    def begin(self, task: int) -> None:
+        """Takes note that all ranks are given a task."""
+        self.task, self.since, self.expected = task, time.monotonic(), False
+
+    def expect(self) -> None:
+        """Takes note that there is a task for it, while some rank is still at what came before."""
+        if self.task is None and not self.expected:
+            self.since, self.expected = time.monotonic(), True
 
     def trouble(self, deadlines: Deadlines, now: float) -> Failure | None:
         """Returns what is wrong with the site; None where all is well."""
@@ -163,10 +182,14 @@ class SiteState:
                     silent=True,
                     what=f"rank {', '.join(missing)} did not ask for a task within {deadlines.start:g} s of its start",
                 )
-        elif self.task is not None and self.reply is None and now - self.since > deadlines.reply:
-            slow = next((rank for rank, each in sorted(self.ranks.items()) if each.doing == ON_ITS_WAY), 0)
-            return Failure(what=f"gave no reply within {deadlines.reply:g} s", rank=slow, silent=True)
+        elif (self.task is not None or self.expected) and self.reply is None and now - self.since > deadlines.reply:
+            slow = next((rank for rank, each in sorted(self.ranks.items()) if self._holds_up(each)), 0)
+            what = "did not come for its next task" if self.expected else "gave no reply"
+            return Failure(what=f"{what} within {deadlines.reply:g} s", rank=slow, silent=True)
         return None
+
+    def _holds_up(self, rank: Connection) -> bool:
+        return rank.doing != WAITING if self.expected else rank.doing == ON_ITS_WAY
 
     def _doing(self, rank: int) -> str:
         return self.ranks[rank].doing if rank in self.ranks else "starting"
@@ -177,7 +200,7 @@ class SiteState:
         self.ranks.clear()
         self._looks.clear()
         self.drop_reply()
-        self.failure, self.ended, self.task = None, False, None
+        self.failure, self.ended, self.task, self.expected = None, False, None, False
         self.since = time.monotonic()
 
     def drop_reply(self) -> None:

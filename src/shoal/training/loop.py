@@ -12,7 +12,7 @@ from typing import Any
 
 from shoal.data import Dataset
 from shoal.errors import RunInterrupted
-from shoal.learners.base import OngoingTraining, never
+from shoal.learners.base import CallingTraining, OngoingTraining, never
 from shoal.runs import Selection, deferred
 from shoal.training.callbacks import Progressed, TrainingCallback, TrainingInfo
 from shoal.training.classes import class_reports
@@ -59,6 +59,7 @@ class TrainingLoop:
         self._held_out = held_out
         self._storage = storage
         self._callbacks = callbacks
+        self._calling = ongoing if isinstance(ongoing, CallingTraining) else None
         self._recording = recording
         self._alone = ongoing.ranks == 1
         self._stores = bool(ongoing.agreed(float(storage.path is not None)))
@@ -144,6 +145,8 @@ class TrainingLoop:
                 progress.best, progress.best_step = self._selection.best, ongoing.step
                 model = ongoing.model()  # of all ranks, and kept by one
                 self._best_model = model if ongoing.rank == 0 else None
+        if self._calling is not None:
+            self._calling.end_epoch(record)
         # One clock decides, lest a criterion of time stops some ranks and not others.
         progress.elapsed = record["elapsed"] = ongoing.agreed(progress.elapsed)
         with self._saving():
@@ -194,13 +197,19 @@ class TrainingLoop:
     def _stop_reason(self) -> str | None:
         if self._progress.chunks:  # in the middle of an epoch
             return None
-        return self._selection.stop_reason(self._progress.epochs, self._progress.elapsed)
+        reason = self._selection.stop_reason(self._progress.epochs, self._progress.elapsed)
+        if reason is None and self._calling is not None and self._calling.stopping:
+            return "a callback of the learner has stopped it"
+        return reason
 
     def _finish(self, reason: str) -> TrainingResult:
         ongoing, learner, best = self._ongoing, self._plan.learner, self._progress.best
         last = ongoing.model()
-        if self._progress.best_step not in {None, ongoing.step}:
-            ongoing.put(self._best_model)
+        delivered = last if self._progress.best_step is None else self._best_model
+        if self._calling is not None:
+            self._calling.finish()  # which may change the model
+        if self._calling is not None or self._progress.best_step not in {None, ongoing.step}:
+            ongoing.put(delivered if ongoing.rank == 0 else None)
         model = ongoing.model()
         confusion = None if self._held_out is None else ongoing.confusion(self._held_out)
         classes = [] if confusion is None else class_reports(confusion)
@@ -239,6 +248,8 @@ class TrainingLoop:
 
     def _interrupted(self) -> RunInterrupted:
         path, step = self._storage.path, self._ongoing.step
+        if path is None and self._stores:
+            return RunInterrupted(f"stopped after step {step}; rank 0 has the run's folder")
         if path is None:
             return RunInterrupted(f"stopped after step {step}; without a run folder nothing was kept")
         if step == 0:

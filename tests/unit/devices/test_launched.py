@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.devices import Launched
-from shoal.devices.launched import PORTS
+from shoal.devices.slurm import PORTS, hosts_of, slurm_workers
 from shoal.errors import ConfigurationError
 
 TORCHRUN = {
@@ -151,3 +151,46 @@ def test_an_environment_of_slurms_that_cannot_be_is_refused(place, change):
     place({name: value for name, value in (SLURM | change).items() if value is not None})
     with pytest.raises(ConfigurationError, match="Slurm's environment is incomplete: .*start the ranks with srun"):
         Launched.here()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hosts"),
+    [
+        ("cpu1", ["cpu1"]),
+        ("gpu[07-09,12],cpu1", ["gpu07", "gpu08", "gpu09", "gpu12", "cpu1"]),
+        ("rack[0-1]node[09-10]", ["rack0node09", "rack0node10", "rack1node09", "rack1node10"]),
+        ("a[1,3]b,c", ["a1b", "a3b", "c"]),
+    ],
+)
+def test_slurms_short_form_is_a_list_of_hosts(nodes, hosts):
+    assert hosts_of(nodes) == hosts
+
+
+def test_tensorflows_workers_have_a_port_each_which_all_tasks_agree_on(place):
+    told = set()
+    for rank, (node, local) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]):
+        place(SLURM | {"SLURM_PROCID": str(rank), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(local)})
+        told.add(tuple(slurm_workers()))
+    [workers] = told
+    assert [worker.partition(":")[0] for worker in workers] == [
+        "gpu07",
+        "gpu07",
+        "gpu08",
+        "gpu08",
+        "gpu09",
+        "gpu09",
+        "gpu12",
+    ]
+    assert len(set(workers)) == 7
+    assert f"gpu07:{Launched.here().port}" not in workers
+
+
+def test_tasks_of_slurm_that_have_no_ports_are_refused(place):
+    for told in ({"SLURM_PROCID": "1"}, {"SLURM_STEP_TASKS_PER_NODE": "2(x2),40,1", "SLURM_PROCID": "5"}):
+        place(SLURM | told)
+        with pytest.raises(ConfigurationError, match="at most 16 tasks on a machine, dealt out machine by machine"):
+            slurm_workers()
+
+
+def test_outside_of_slurm_there_are_none(place):
+    assert slurm_workers() is None

@@ -91,3 +91,24 @@ def test_the_cores_are_divided_among_all_ranks(machine, monkeypatch):
     assert [env["OMP_NUM_THREADS"] for env in Allotment(accelerator="cpu").environments(sites)] == ["4", "4"]
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert [env["OMP_NUM_THREADS"] for env in Allotment(accelerator="cpu").environments(sites)] == ["7", "7"]
+
+
+def test_one_process_with_several_devices_has_as_many_of_its_own(machine):
+    machine(4)
+    assert visible(Devices("mirrored", count=2), Devices("dp", count=2)) == ["0,1", "2,3"]
+    assert visible(Devices("multiworker", count=3), 1) == ["0,1,2", "3"]
+    with pytest.raises(ConfigurationError, match="site-2 wants 2 CUDA devices, and of 4 on this machine 1 are free"):
+        visible(Devices("mirrored", count=3), Devices("mirrored", count=2))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "dp", "mirrored", "multiworker"])
+def test_a_site_says_how_many_devices_it_has(strategy):
+    with pytest.raises(ConfigurationError, match=f"site-1 does not say how many .*: Devices\\('{strategy}', count=…"):
+        shoal.Site("site-1", devices=Devices(strategy))
+
+
+def test_tensorflow_has_as_many_threads_as_torch(machine, monkeypatch):
+    monkeypatch.delenv("TF_NUM_INTRAOP_THREADS", raising=False)
+    monkeypatch.setattr(allotment, "cores_each", lambda count: 12 // count)
+    [env] = Allotment(accelerator="cpu").environments([shoal.Site("a", devices=2)])
+    assert env["TF_NUM_INTRAOP_THREADS"] == env["OMP_NUM_THREADS"] == "6"

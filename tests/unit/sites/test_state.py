@@ -129,6 +129,22 @@ def test_a_reply_that_does_not_come_is_told():
     assert trouble(state, 101) is None
 
 
+def test_a_rank_that_does_not_come_for_the_next_task_is_told():
+    state = site(rank(heard=NOW + 201), rank(heard=NOW + 201, doing="task 2"))
+    assert not state.idle
+    state.expect()
+    state.since = NOW + 100
+    state.expect()
+    assert state.since == NOW + 100
+    assert trouble(state, 200) is None
+    found = state.trouble(WAITS, NOW + 201)
+    assert (found.what, found.rank, found.silent) == ("did not come for its next task within 100 s", 1, True)
+    state.ranks[1].doing = "waiting"
+    assert state.idle
+    state.begin(3)
+    assert not state.expected
+
+
 def test_another_attempt_begins_with_nothing():
     closed = []
     file = SimpleNamespace(close=lambda: closed.append(True))
