@@ -21,6 +21,7 @@ from shoal.learners.lightning_sharded import divides, own_name, put_state, whole
 from shoal.learners.lightning_state import pack, unpack
 from shoal.learners.lightning_trainer import Hush, end_with_caller, forks
 from shoal.learners.lightning_watch import tell_started
+from shoal.processes.rest import rest_at_exit
 
 Carried = tuple[dict[str, Tensor], dict[str, Any]]
 """The state of optimizers, schedulers and counters: tensors by name, and JSON."""
@@ -71,6 +72,8 @@ class Carrier(Callback):
             end_with_caller()
             if self._threads is not None and not forks(trainer):
                 torch.set_num_threads(self._threads)
+        if trainer.world_size > 1:
+            rest_at_exit()
         tell_started(self._folder, trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
