@@ -1,7 +1,7 @@
 """Where a cohort runs."""
 
+from shoal.engine import BlockResult, ClientResult, ClientTask, Engine, Result
 from shoal.engines.accounts import one_line
-from shoal.engines.base import BlockResult, ClientResult, ClientTask, Engine, Result
 from shoal.engines.choice import ENGINES, choose_engine
 from shoal.engines.cohort import CohortSum, Outcome
 from shoal.engines.control import ALARM

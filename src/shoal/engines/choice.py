@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shoal.data import Population
-from shoal.engines.base import Engine
+from shoal.engine import Engine
 from shoal.engines.distributed import DistributedEngine
 from shoal.engines.local import LOCAL_ENGINES, choose_local
 from shoal.engines.workers import launched_workers

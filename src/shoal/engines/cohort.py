@@ -9,7 +9,7 @@ import numpy as np
 
 from shoal import trees
 from shoal.algorithms import WeightedSum
-from shoal.engines.base import BlockResult, ClientResult, Result
+from shoal.engine import BlockResult, ClientResult, Result
 from shoal.errors import ClientError
 from shoal.types import ModelState, StackedUpdate, Update
 

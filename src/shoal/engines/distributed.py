@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from shoal.data import Population
+from shoal.engine import ClientTask, Engine, Result
 from shoal.engines import merging
-from shoal.engines.base import ClientTask, Engine, Result
 from shoal.engines.cohort import CohortSum, Outcome
 from shoal.engines.local import choose_local
 from shoal.engines.shares import CostEstimate, Costs, Share

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shoal.data import Dataset
-from shoal.engines.base import ClientResult
+from shoal.engine import ClientResult
 from shoal.engines.parcels import in_words, pack_result, unpack_broadcast, unpack_task
 from shoal.engines.sequential import attempt
 from shoal.errors import ConfigurationError

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from shoal.data import Population
-from shoal.engines.base import Engine
+from shoal.engine import Engine
 from shoal.engines.process import ProcessEngine
 from shoal.engines.sequential import SequentialEngine
 from shoal.engines.vectorized import VectorizedEngine

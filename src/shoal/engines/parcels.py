@@ -7,7 +7,7 @@ import traceback
 import numpy as np
 
 from shoal.data import Dataset, Subset
-from shoal.engines.base import ClientResult, ClientTask
+from shoal.engine import ClientResult, ClientTask
 from shoal.engines.shared_trees import read_shared, write_shared
 from shoal.errors import ClientError
 from shoal.types import Broadcast, LocalObjective, ModelState, Update

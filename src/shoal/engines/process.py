@@ -11,7 +11,7 @@ import numpy as np
 
 from shoal.data import Dataset, Population, Subset
 from shoal.devices import Devices, Launched, cores_each
-from shoal.engines.base import ClientResult, ClientTask
+from shoal.engine import ClientResult, ClientTask
 from shoal.engines.fork_server import Limits, serve
 from shoal.engines.parcels import pack_broadcast, pack_task, unpack_result
 from shoal.engines.server_link import ServerLink

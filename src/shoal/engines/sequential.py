@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from shoal.data import Population
-from shoal.engines.base import ClientResult, ClientTask
+from shoal.engine import ClientResult, ClientTask
 from shoal.learners.base import Learner
 from shoal.types import Broadcast
 

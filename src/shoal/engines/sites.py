@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from shoal.data import Population
-from shoal.engines.base import ClientResult, ClientTask
+from shoal.engine import ClientResult, ClientTask
 from shoal.engines.site_task import SiteTask
 from shoal.errors import ClientError, ConfigurationError, SiteError
 from shoal.learners.base import Learner

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from shoal.data import Dataset, Population
-from shoal.engines.base import BlockResult, ClientResult, ClientTask, Result
+from shoal.engine import BlockResult, ClientResult, ClientTask, Result
 from shoal.engines.blocks import BlockSearch, by_work, next_block
 from shoal.engines.sequential import attempt
 from shoal.errors import CannotStackError, ConfigurationError

@@ -110,9 +110,9 @@ def plan(tree: Params) -> dict[str, Entry]:
             raise TypeError(f"{name} has dtype {kind}, which safetensors does not know")
     entries: dict[str, Entry] = {}
     end = 0
-    for name in sorted(tree, key=lambda name: (-_size(kinds[name]), name)):
+    for name in sorted(tree, key=lambda name: (-size_of(kinds[name]), name)):
         shape = tuple(int(length) for length in tree[name].shape)
-        start, end = end, end + math.prod(shape) * _size(kinds[name])
+        start, end = end, end + math.prod(shape) * size_of(kinds[name])
         entries[name] = Entry(kinds[name], shape, start, end)
     return entries
 
@@ -222,7 +222,7 @@ def entries_of(header: bytes, size: int) -> dict[str, Entry]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"shared memory has no header of safetensors: {type(error).__name__}: {error}") from error
     for name, entry in entries.items():
-        wanted = math.prod(entry.shape) * _size(entry.dtype)
+        wanted = math.prod(entry.shape) * size_of(entry.dtype)
         if min(entry.shape, default=0) < 0 or entry.start < 0 or entry.end - entry.start != wanted or entry.end > size:
             raise ValueError(f"array {name} of shape {entry.shape} does not fit bytes {entry.start} to {entry.end}")
     return entries
@@ -276,5 +276,6 @@ def _dtype_name(array: Any) -> str:
     return str(array.dtype).removeprefix("torch.")
 
 
-def _size(dtype: str) -> int:
+def size_of(dtype: str) -> int:
+    """Returns the bytes of one element of a dtype that is in :data:`CODES`."""
     return SIZES.get(dtype) or np.dtype(dtype).itemsize

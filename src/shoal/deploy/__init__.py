@@ -1,0 +1,1 @@
+"""Real sites: shoal's federation over the messages of Flower and NVFlare."""
