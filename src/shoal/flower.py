@@ -1,0 +1,1 @@
+"""shoal over Flower: the apps that a SuperLink and its SuperNodes run."""

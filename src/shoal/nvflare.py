@@ -1,0 +1,1 @@
+"""shoal over NVFlare: the controller and the executor of a job."""

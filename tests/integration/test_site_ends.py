@@ -23,6 +23,7 @@ from shoal.cli.exits import FAILED, exit_code
 from shoal.errors import ShoalError, SiteError
 from shoal.processes.table import marked
 from shoal.sites.address import FOLDER
+from shoal.sites.runner import SiteRunner
 from site_jobs import SCRIPT, START, Jobs, expected, family, site_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
@@ -55,7 +56,7 @@ def strike(launcher, moment, number, state=None):
             return
 
 
-LAUNCH_ALL = shoal.engines.SitesEngine._launch_all
+LAUNCH_ALL = SiteRunner._launch_all
 
 
 def strikes(monkeypatch, moments, *, joined=False):
@@ -81,7 +82,7 @@ def strikes(monkeypatch, moments, *, joined=False):
                 others[-1].start()
         LAUNCH_ALL(engine, hub)
 
-    monkeypatch.setattr(shoal.engines.SitesEngine, "_launch_all", launch)
+    monkeypatch.setattr(SiteRunner, "_launch_all", launch)
     return others
 
 

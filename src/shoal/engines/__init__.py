@@ -8,7 +8,7 @@ from shoal.engines.control import ALARM
 from shoal.engines.distributed import DistributedEngine
 from shoal.engines.process import ProcessEngine
 from shoal.engines.sequential import SequentialEngine
-from shoal.engines.sites import OnFailure, SitePolicy, SitesEngine
+from shoal.engines.sites import SitesEngine
 from shoal.engines.vectorized import VectorizedEngine
 from shoal.engines.workers import Workers, launched_workers, restarted
 
@@ -21,12 +21,10 @@ __all__ = [
     "CohortSum",
     "DistributedEngine",
     "Engine",
-    "OnFailure",
     "Outcome",
     "ProcessEngine",
     "Result",
     "SequentialEngine",
-    "SitePolicy",
     "SitesEngine",
     "VectorizedEngine",
     "Workers",

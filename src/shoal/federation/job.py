@@ -12,7 +12,7 @@ from shoal.algorithms import Algorithm, FedAvg
 from shoal.client.learner import serve
 from shoal.data import Population
 from shoal.devices import Accelerator, Devices
-from shoal.engines import OnFailure, SitePolicy, SitesEngine
+from shoal.engines import SitesEngine
 from shoal.errors import ConfigurationError, unknown_name
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
@@ -23,6 +23,7 @@ from shoal.learners.base import Learner
 from shoal.learners.script import ScriptLearner
 from shoal.sites import Site
 from shoal.sites.allotment import Allotment
+from shoal.sites.policy import OnFailure, SitePolicy
 from shoal.sites.process import Starter, start_forked, start_script
 from shoal.sites.state import Deadlines
 

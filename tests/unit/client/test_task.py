@@ -10,11 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from shoal.client.task import Task
-from shoal.engines.site_task import SiteTask
 from shoal.errors import ConfigurationError
 from shoal.learners.script import ScriptLearner
 from shoal.learners.torch_model import ObjectiveGradient, ResidentModel
 from shoal.processes.tensors import TensorFile
+from shoal.sites.task import SiteTask
 from shoal.types import Broadcast, LocalObjective, ModelState
 from support import BatchNormNet, Mlp, assert_equal
 
@@ -48,7 +48,7 @@ def made(module, *, objective=None, link=None, kind="train"):
     learner = ScriptLearner(Path(__file__), module)
     model = learner.init(3)
     broadcast = Broadcast(round=2, model=model, objective=objective or LocalObjective())
-    work = SiteTask(kind, broadcast, learner, seed=0)
+    work = SiteTask(kind, broadcast, ties=learner.ties(model), seed=0)
     return Task(
         kind=kind, round=2, rounds=5, site="a", model=model, objective=broadcast.objective,
         _ties=work.message(0)["ties"], _link=link,

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from shoal import trees
-from shoal.learners.base import Learner
-from shoal.learners.script import ties_of
 from shoal.processes.tensors import Entry, TensorFile, read_only, write_tensors
 from shoal.sites.state import Reply
 from shoal.types import Array, Broadcast, LocalObjective, Params, Update
@@ -23,15 +21,15 @@ class SiteTask:
     Args:
         kind: ``train`` or ``evaluate``.
         broadcast: The model and the objective.
-        learner: Knows under which further names the model's arrays are in its state dict.
+        ties: Further names that the model's state dict has, each with the one of the same array.
         seed: The run's.
     """
 
-    def __init__(self, kind: str, broadcast: Broadcast, learner: Learner, *, seed: int) -> None:
+    def __init__(self, kind: str, broadcast: Broadcast, *, ties: Mapping[str, str], seed: int) -> None:
         self.kind = kind
         self.broadcast = broadcast
         self._seed = seed
-        self._ties = ties_of(broadcast.model, learner.state_dict(broadcast.model))
+        self._ties = dict(ties)
         sizes = [math.prod(array.shape) for array in broadcast.model.merged().values()]
         largest = max(sizes, default=0)
         self._wide = np.empty(largest, np.float64)
