@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
 from shoal.data import Dataset, Population
 from shoal.learners.base import Learner
 from shoal.randomness import generator
-from shoal.types import Broadcast, StackedUpdate, Update
+from shoal.types import Broadcast, ModelState, StackedUpdate, Update
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -95,4 +96,37 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Lets go of processes, files and memory; without effect on an engine that is not open."""
+        ...  # pragma: no cover
+
+
+@runtime_checkable
+class SiteEngine(Engine, Protocol):
+    """An engine whose clients are sites, with data and processes of their own, for the whole run."""
+
+    rounds: int
+    """How many rounds the federation has, which the sites are told."""
+
+    def measure(self, learner: Learner, model: ModelState, round: int) -> dict[int, tuple[float, Mapping[str, float]]]:
+        """Has the sites that can measure a model; returns each one's number of examples and means, by client.
+
+        Args:
+            learner: Knows the names of the model's arrays.
+            model: The global model.
+            round: Whose model it is.
+
+        Raises:
+            SiteError: A site failed, and the policy is to stop.
+        """
+        ...  # pragma: no cover
+
+    def keep_logs(self, folder: Path) -> None:
+        """Writes what is to be kept of the sites to a folder.
+
+        Raises:
+            StorageError: That cannot be written.
+        """
+        ...  # pragma: no cover
+
+    def finish(self) -> None:
+        """Tells the sites that the federation is over, and waits for their scripts to end by themselves."""
         ...  # pragma: no cover

@@ -12,6 +12,7 @@ from shoal.cli.doctor import doctor
 from shoal.cli.exits import guarded
 from shoal.cli.federate import demo, federate
 from shoal.cli.report import report
+from shoal.cli.site import site
 from shoal.cli.train import train
 from shoal.version import __version__
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, federate, report, doctor):
+for command in (demo, train, federate, site, report, doctor):
     app.command()(guarded(command))
 app.add_typer(bench)
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -94,6 +94,22 @@ def write_parcel(parcel: Parcel) -> int:
     Raises:
         OSError: There is not so much memory.
     """
+    fd = anonymous_file("shoal")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            write_parcel_to(parcel, file)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def write_parcel_to(parcel: Parcel, file: IO[bytes]) -> None:
+    """Writes a parcel into a file, in the format of safetensors.
+
+    Raises:
+        OSError: There is no room.
+    """
     rows: dict[str, Any] = {"__metadata__": {META: json.dumps(dict(parcel.meta))}}
     end = 0
     order = sorted(parcel.tensors, key=lambda name: (-size_of(parcel.tensors[name].dtype), name))
@@ -103,17 +119,10 @@ def write_parcel(parcel: Parcel) -> int:
         rows[name] = {"dtype": CODES[tensor.dtype], "shape": tensor.shape, "data_offsets": (start, end)}
     header = json.dumps(rows).encode()
     header += b" " * (-len(header) % PREFIX)
-    fd = anonymous_file("shoal")
-    try:
-        with open(fd, "wb", closefd=False) as file:
-            file.write(len(header).to_bytes(PREFIX, "little"))
-            file.write(header)
-            for name in order:
-                file.write(parcel.tensors[name].data)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    file.write(len(header).to_bytes(PREFIX, "little"))
+    file.write(header)
+    for name in order:
+        file.write(parcel.tensors[name].data)
 
 
 def read_parcel(fd: int) -> Parcel:

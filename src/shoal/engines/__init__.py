@@ -1,6 +1,6 @@
 """Where a cohort runs."""
 
-from shoal.engine import BlockResult, ClientResult, ClientTask, Engine, Result
+from shoal.engine import BlockResult, ClientResult, ClientTask, Engine, Result, SiteEngine
 from shoal.engines.accounts import one_line
 from shoal.engines.choice import ENGINES, choose_engine
 from shoal.engines.cohort import CohortSum, Outcome
@@ -25,6 +25,7 @@ __all__ = [
     "ProcessEngine",
     "Result",
     "SequentialEngine",
+    "SiteEngine",
     "SitesEngine",
     "VectorizedEngine",
     "Workers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -40,6 +41,13 @@ def load(name: str) -> ExperimentFunction:
     if not callable(function):
         raise ConfigurationError(f"{name} has no function experiment(...) that returns a shoal.Experiment")
     return function  # type: ignore[no-any-return]
+
+
+def with_site(function: ExperimentFunction, site: str) -> ExperimentFunction:
+    """Returns an experiment's function that is told at which site it is called, if it has a parameter ``site``."""
+    if "site" in inspect.signature(function).parameters:
+        return functools.partial(function, site=site)
+    return function
 
 
 def load_training(name: str) -> TrainingFunction | ExperimentFunction:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from shoal.data import Dataset
-from shoal.engines import SitesEngine
+from shoal.engines import SiteEngine
 from shoal.federation.cohorts import ClientShards
 from shoal.learners.base import Learner
 from shoal.types import ModelState
@@ -32,7 +32,7 @@ class Evaluator:
         held_out: Dataset | None,
         shards: ClientShards,
         panel: Sequence[int],
-        sites: SitesEngine | None = None,
+        sites: SiteEngine | None = None,
     ) -> None:
         self._sites = sites
         self._learner = learner

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
 from shoal.description import describe
-from shoal.engines import Engine, SitesEngine
+from shoal.engines import Engine, SiteEngine
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
 from shoal.randomness import check_seed
@@ -125,7 +125,7 @@ class Experiment:
             )
         if isinstance(self.algorithm, type) or not isinstance(self.algorithm, Algorithm):
             raise ConfigurationError(f"algorithm must be one such as shoal.FedAvg(), not {self.algorithm!r}")
-        by_sites = isinstance(self.engine, SitesEngine)
+        by_sites = isinstance(self.engine, SiteEngine)
         measured = self.evaluate is not None or self.client_validation > 0 or by_sites
         asked = [name for name in ("metric", "target", "patience") if getattr(self, name) is not None]
         if asked and not measured:

@@ -226,8 +226,13 @@ class Job:
         return (
             own.on(Devices(accelerator="cpu", precision=own.devices.precision)),
             clients,
-            start_forked(partial(_run_site, own)),
+            start_learner(own),
         )
+
+
+def start_learner(learner: Learner) -> Starter:
+    """Returns what starts sites whose ranks train with a learner, on the devices of each."""
+    return start_forked(partial(_run_site, learner))
 
 
 def _run_site(learner: Learner, site: Site) -> None:

@@ -12,11 +12,12 @@ import numpy as np
 from shoal import trees
 from shoal.algorithms import ServerState
 from shoal.data import Dataset, Population, Subset, as_dataset
-from shoal.engines import DistributedEngine, Engine, SitesEngine, choose_engine
+from shoal.engines import DistributedEngine, Engine, SiteEngine, choose_engine
 from shoal.errors import unknown_name
 from shoal.federation.cohorts import ClientShards, sample_cohort
 from shoal.federation.evaluation import Evaluator
 from shoal.federation.experiment import Experiment
+from shoal.federation.site_population import SitePopulation
 from shoal.types import ModelState
 
 PICTURED_CLIENTS = 200
@@ -71,7 +72,7 @@ def prepare(experiment: Experiment) -> Plan:
     population = _population(experiment.clients)
     population.check()
     # Sites are processes that start when their engine is opened: what can be refused before is.
-    early = isinstance(experiment.engine, SitesEngine) and not getattr(experiment.learner, "forks_first", False)
+    early = isinstance(experiment.engine, SiteEngine) and not getattr(experiment.learner, "forks_first", False)
     made = _made(experiment, population) if early else None
     engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
@@ -88,7 +89,8 @@ def _made(experiment: Experiment, population: Population) -> tuple[Dataset | Non
     if held_out is not None:
         held_out.check()
     model = experiment.learner.init(experiment.seed)
-    experiment.learner.check(population.dataset)
+    if not isinstance(population, SitePopulation):  # else the data are elsewhere
+        experiment.learner.check(population.dataset)
     if held_out is not None:
         experiment.learner.check(held_out)
     return held_out, model
@@ -108,7 +110,7 @@ def _prepare(
     held_out, model = made
     shards = ClientShards(population, validation=experiment.client_validation, seed=experiment.seed)
     panel = shards.panel(experiment.validation_clients) if experiment.client_validation else []
-    sites = engine if isinstance(engine, SitesEngine) else None
+    sites = engine if isinstance(engine, SiteEngine) else None
     evaluator = Evaluator(experiment.learner, held_out, shards, panel, sites)
     if sites is None:  # else what is measured shows when the sites do so
         sample = population[0] if held_out is None else held_out

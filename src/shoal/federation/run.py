@@ -11,7 +11,7 @@ from shoal import trees
 from shoal.algorithms import Algorithm, FedAvg
 from shoal.data import Population
 from shoal.description import describe
-from shoal.engines import Engine, SitesEngine, Workers
+from shoal.engines import Engine, SiteEngine, Workers
 from shoal.errors import ConfigurationError
 from shoal.federation.callbacks import Callback
 from shoal.federation.experiment import Experiment, Settings
@@ -109,7 +109,7 @@ def run_experiment(
     if experiment.trackers and run_dir is None:
         raise ConfigurationError("trackers follow the run folder: name one with run_dir=…")
     with sigterm_raised(), Workers.join():
-        if isinstance(experiment.engine, SitesEngine):
+        if isinstance(experiment.engine, SiteEngine):
             experiment.engine.rounds = experiment.rounds
         plan = prepare(experiment)
         with contextlib.closing(plan.engine):
@@ -123,11 +123,11 @@ def run_experiment(
 def _run(plan: Plan, run_dir: str | Path | None, *, resume: bool, callbacks: Sequence[Callback]) -> FederationResult:
     folder = None if run_dir is None else _open_folder(plan, Path(run_dir), resume=resume)
     with RunStorage(folder, keep=plan.experiment.keep_checkpoints) as storage:
-        if folder is not None and isinstance(plan.engine, SitesEngine):
+        if folder is not None and isinstance(plan.engine, SiteEngine):
             plan.engine.keep_logs(folder.path / SITE_LOGS)
         storage.save_partition(partition_picture(plan.shards.population))
         result = FederationLoop(plan, storage, callbacks).run()
-    if isinstance(plan.engine, SitesEngine):
+    if isinstance(plan.engine, SiteEngine):
         plan.engine.finish()
     return result
 

@@ -117,14 +117,26 @@ class SiteRunner:
             why = state.failure.what if state.failure else f"its script did not end within {waits:g} s and was ended"
             logger.warning("after the last round, %s: %s", state.site.name, why)
 
-    def tend(self) -> None:
+    def tend(self, seconds: float = 0.0) -> None:
         """Hears what the sites' processes say between tasks, and does what the policy says about those in trouble.
+
+        Args:
+            seconds: How long to wait for a first word.
 
         Raises:
             SiteError: A site failed, and the policy is to stop.
         """
-        self._opened().poll(0)
+        self._opened().poll(seconds)
         list(self._look_at_all())
+
+    def wait_until_ready(self) -> None:
+        """Waits until all ranks of all sites have asked for a first task, or the policy's time for that is over.
+
+        Raises:
+            SiteError: A site failed, and the policy is to stop.
+        """
+        while not all(state.ready or state.out for state in self._states.values()):
+            self.tend(LOOK)
 
     def evaluators(self) -> list[int]:
         """Returns the places of the sites that say that they can measure a model."""

@@ -1,0 +1,175 @@
+"""One request to several sites, and what becomes of it at each: answers, failures, silence."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from shoal.deploy.answer import Answer
+from shoal.deploy.parcel import Parcel
+from shoal.deploy.roster import Roster
+from shoal.deploy.wire import Wire
+from shoal.errors import ClientError, ConfigurationError, SiteError
+from shoal.sites.policy import SitePolicy
+
+logger = logging.getLogger("shoal")
+
+LOOK = 0.25
+"""Seconds between two looks at the sites."""
+
+AGAIN = 60.0
+"""Seconds after which a site that has not answered is asked once more, in case that either message was lost: it works
+at the task only once. Then after twice as many, and so on."""
+
+BUSY = 10.0
+"""Seconds after which a site is asked again that works for another run."""
+
+Outcome = tuple[int, Parcel | None, Exception | None]
+"""A client, and its answer or why there is none."""
+
+
+@dataclass
+class _Asked:
+    """One site that was asked."""
+
+    client: int
+    ticket: str | None = None
+    """Of the last message to it."""
+    address: str | None = None
+    """Where that went."""
+    next: float = 0.0
+    """When it is asked again."""
+    pause: float = AGAIN
+    """Seconds from one message to the next."""
+    failures: int = 0
+    """How often it said that it failed."""
+    said: str = ""
+    """What it said last that was no answer."""
+
+
+@dataclass
+class Asking:
+    """Asks sites, again where a message may be lost, and judges those that do not answer.
+
+    Args:
+        wire: Leads to them.
+        roster: Knows which are there.
+        parcel: The request.
+        sites: The clients that are asked, by the sites' names.
+        number: The request's.
+        policy: What to do about failures.
+        within: Seconds in which a site must answer.
+        lenient: Whether some may be left out.
+    """
+
+    wire: Wire
+    roster: Roster
+    parcel: Parcel
+    sites: Mapping[str, int]
+    number: int
+    policy: SitePolicy
+    within: float
+    lenient: bool
+    _waiting: dict[str, _Asked] = field(default_factory=dict)
+
+    def answers(self) -> Iterator[Outcome]:
+        """Yields each site's answer, or why there is none.
+
+        Raises:
+            SiteError: A site failed, and the policy is to stop.
+            EngineError: What carries the messages is gone.
+        """
+        self._waiting = {name: _Asked(client) for name, client in self.sites.items()}
+        started = time.monotonic()
+        replies = 0
+        try:
+            while self._waiting:
+                self._send()
+                for ticket, answer in self.wire.receive(LOOK):
+                    for outcome in self._taken(ticket, answer):
+                        replies += outcome[1] is not None
+                        yield outcome
+                self.roster.look()
+                for outcome in self._judged(started, replies):
+                    yield outcome
+        finally:
+            self.wire.forget([asked.ticket for asked in self._waiting.values() if asked.ticket is not None])
+
+    def _send(self) -> None:
+        """Asks those that are there and due."""
+        now = time.monotonic()
+        due = {}
+        for name, asked in self._waiting.items():
+            address = self.roster.members[name].address
+            if address is not None and (now >= asked.next or address != asked.address):
+                due[address] = asked
+        if not due:
+            return
+        self.wire.forget([asked.ticket for asked in due.values() if asked.ticket is not None])
+        for address, ticket in self.wire.send(list(due), self.parcel).items():
+            asked = due[address]
+            asked.ticket, asked.address, asked.next = ticket, address, now + asked.pause
+            asked.pause *= 2
+
+    def _taken(self, ticket: str, answer: Parcel | Exception) -> Iterator[Outcome]:
+        """Takes what came; yields an outcome if that settles a site."""
+        name = next((name for name, asked in self._waiting.items() if asked.ticket == ticket), None)
+        if name is None:
+            self.roster.take(ticket, answer)
+            return
+        asked = self._waiting[name]
+        asked.ticket = None
+        if isinstance(answer, Exception):  # the message or its answer was lost on the way
+            asked.said = str(answer)
+            logger.warning("%s: %s", name, answer)
+            asked.next = min(asked.next, time.monotonic() + BUSY)
+            return
+        said = Answer.from_json(answer.meta)
+        if not said.error:
+            if said.number == self.number:
+                yield self._waiting.pop(name).client, answer, None
+            return
+        if said.busy:
+            asked.said = said.error
+            asked.next = time.monotonic() + BUSY
+            return
+        yield from self._failed(name, asked, said)
+
+    def _failed(self, name: str, asked: _Asked, said: Answer) -> Iterator[Outcome]:
+        """Deals with a site that says that it failed, as the policy says."""
+        if said.refused:
+            raise ConfigurationError(f"{name} refuses: {said.error}")
+        error = SiteError(f"{name}: {said.error}")
+        asked.failures += 1
+        if self.policy.on_failure == "restart" and asked.failures <= self.policy.max_restarts:
+            logger.warning("%s; asking it again (%d of at most %d)", error, asked.failures, self.policy.max_restarts)
+            asked.next = 0.0
+        elif self.policy.on_failure == "continue" and self.lenient:
+            del self._waiting[name]
+            yield asked.client, None, error
+        else:
+            raise error
+
+    def _judged(self, started: float, replies: int) -> Iterator[Outcome]:
+        """Yields the sites that are left out from this round.
+
+        Raises:
+            SiteError: One is missing that may not be left out.
+        """
+        now = time.monotonic()
+        passed = now - started
+        enough = self.lenient and replies >= self.policy.min_sites
+        late = self.policy.deadline is not None and passed > self.policy.deadline
+        for name, asked in list(self._waiting.items()):
+            gone = self.roster.members[name].address is None
+            if enough and (gone or late):
+                del self._waiting[name]
+                why = "it is gone" if gone else f"no reply within {self.policy.deadline:g} s"
+                yield asked.client, None, ClientError(f"{why}; what it sends later is thrown away")
+            elif gone and now - max(self.roster.members[name].since, started) > self.policy.waits.start:
+                raise SiteError(f"{name} is gone, and did not come back within {self.policy.waits.start:g} s")
+            elif passed > self.within + (self.policy.waits.start if asked.said else 0.0):
+                last = f"; it said last: {asked.said}" if asked.said else ""
+                raise SiteError(f"{name} gave no answer within {self.within:g} s{last}")
