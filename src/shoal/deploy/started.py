@@ -1,0 +1,165 @@
+"""Processes that were started for a folder, and that a later command ends: none is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ConfigurationError
+from shoal.processes.table import in_sessions
+from shoal.runs.files import write_json
+
+PROCESSES = "processes.json"
+"""The file in the folder that names them."""
+
+LOOK = 0.1
+"""Seconds between two looks at whether they have ended."""
+
+FORCE = 5.0
+"""Seconds in which the system ends what was killed."""
+
+
+class StartedProcesses:
+    """The processes of a folder, by name. Each begins a session of its own, which ends with it.
+
+    Args:
+        folder: Keeps their list, and their logs in ``logs``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def start(
+        self, name: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> int:
+        """Starts a process; what it writes goes to its log.
+
+        Args:
+            name: What messages call it, and its log.
+            command: Its words.
+            env: Environment variables beside this process's own.
+            cwd: Where it starts; None for the folder.
+
+        Returns:
+            Its process id.
+
+        Raises:
+            ConfigurationError: The command cannot be run, or a process of that name runs.
+        """
+        told = self._told()
+        if name in told and _lives(told[name]):
+            raise ConfigurationError(f"{name} of {self.folder} runs already, as process {told[name]['pid']}")
+        log = self.log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with log.open("ab") as out:
+                process = subprocess.Popen(
+                    list(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **(env or {})},
+                    cwd=cwd or self.folder,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ConfigurationError(f"{name} cannot be started: {command[0]}: {error}") from error
+        told[name] = {"pid": process.pid, "began": _began(process.pid), "command": list(command)}
+        write_json(self.folder / PROCESSES, told)
+        return process.pid
+
+    def log(self, name: str) -> Path:
+        """Returns the file with what a process has written."""
+        return self.folder / "logs" / f"{name}.log"
+
+    def last_lines(self, name: str, count: int = 15) -> str:
+        """Returns the end of a process's log."""
+        try:
+            text = self.log(name).read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-count:])
+
+    def alive(self) -> dict[str, bool]:
+        """Returns the names, in the order of their start, and whether each process has not ended."""
+        return {name: _lives(entry) for name, entry in self._told().items()}
+
+    def pids(self) -> dict[str, int]:
+        """Returns the process ids by name."""
+        return {name: int(entry["pid"]) for name, entry in self._told().items()}
+
+    def stop(self, *, within: float = 20.0) -> list[str]:
+        """Ends all of them and all in their sessions: the newest first, by request, and then by force.
+
+        Args:
+            within: Seconds that each has to end by itself.
+
+        Returns:
+            The names of those that had to be killed.
+        """
+        killed = []
+        for name, entry in reversed(self._told().items()):
+            if not _lives(entry):
+                _end_session(int(entry["pid"]), signal.SIGKILL, began=entry["began"])
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry["pid"]), signal.SIGTERM)
+            if not _ends(entry, within):
+                killed.append(name)
+            _end_session(int(entry["pid"]), signal.SIGKILL, began=entry["began"])
+        (self.folder / PROCESSES).unlink(missing_ok=True)
+        return killed
+
+    def _told(self) -> dict[str, Any]:
+        try:
+            told: dict[str, Any] = json.loads((self.folder / PROCESSES).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise ConfigurationError(f"{self.folder / PROCESSES} cannot be read: {error}") from error
+        return told
+
+
+def _began(pid: int) -> int:
+    """Returns when a process began, in ticks since the system did; 0 where there is none."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # this process's own child that has ended is to be seen as ended
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _lives(entry: Mapping[str, Any]) -> bool:
+    """Tells whether a process has not ended; another that has got its number since is not it."""
+    began = _began(int(entry["pid"]))
+    return began != 0 and began == int(entry["began"])
+
+
+def _ends(entry: Mapping[str, Any], within: float) -> bool:
+    until = time.monotonic() + within
+    while _lives(entry):
+        if time.monotonic() > until:
+            return False
+        time.sleep(LOOK)
+    return True
+
+
+def _end_session(pid: int, number: int, *, began: int) -> None:
+    """Kills what is left of a session, unless its number is another's by now."""
+    if _began(pid) not in (0, began):
+        return
+    until = time.monotonic() + FORCE
+    while (left := in_sessions([pid])) and time.monotonic() < until:
+        for one in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, number)
+        time.sleep(LOOK)
