@@ -34,6 +34,8 @@ class Answer:
     """Whether the site will not do it, however often it is asked."""
     busy: bool = False
     """Whether the site works for another run now."""
+    away: bool = False
+    """Whether the site's own process could not be reached, and only who was to do so answers."""
     evaluates: bool = False
     """Whether it can measure a model."""
     examples: float = 0.0
@@ -60,6 +62,8 @@ class Answer:
         Raises:
             ValueError: A field is of another kind than it should be.
         """
+        if told.keys() == {"error"}:
+            return cls(error=str(told["error"])[:LARGEST_ERROR], away=True)
         if told.get("protocol") != PROTOCOL:
             raise ValueError(
                 f"the site speaks protocol {told.get('protocol')!r:.20}, and this server {PROTOCOL}: "

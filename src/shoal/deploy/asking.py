@@ -47,6 +47,8 @@ class _Asked:
     """How often it said that it failed."""
     said: str = ""
     """What it said last that was no answer."""
+    away: float | None = None
+    """Since when no answer of the site's own process came through, though its address is there."""
 
 
 @dataclass
@@ -121,21 +123,30 @@ class Asking:
             return
         asked = self._waiting[name]
         asked.ticket = None
-        if isinstance(answer, Exception):  # the message or its answer was lost on the way
-            asked.said = str(answer)
-            logger.warning("%s: %s", name, answer)
-            asked.next = min(asked.next, time.monotonic() + BUSY)
+        try:
+            said = (
+                Answer(error=str(answer), away=True) if isinstance(answer, Exception) else Answer.from_json(answer.meta)
+            )
+        except ValueError as error:
+            said = Answer(error=f"its answer makes no sense: {error}")
+        if said.away or said.busy:
+            self._put_off(name, asked, said)
             return
-        said = Answer.from_json(answer.meta)
-        if not said.error:
-            if said.number == self.number:
-                yield self._waiting.pop(name).client, answer, None
-            return
-        if said.busy:
-            asked.said = said.error
-            asked.next = time.monotonic() + BUSY
-            return
-        yield from self._failed(name, asked, said)
+        asked.away = None
+        if said.error:
+            yield from self._failed(name, asked, said)
+        elif said.number == self.number and isinstance(answer, Parcel):
+            yield self._waiting.pop(name).client, answer, None
+
+    def _put_off(self, name: str, asked: _Asked, said: Answer) -> None:
+        """Has a site be asked again in a while."""
+        now = time.monotonic()
+        if asked.said != said.error:
+            logger.warning("%s: %s", name, said.error)
+        asked.said = said.error
+        asked.next, asked.pause = now + BUSY, AGAIN
+        if said.away and asked.away is None:
+            asked.away = now
 
     def _failed(self, name: str, asked: _Asked, said: Answer) -> Iterator[Outcome]:
         """Deals with a site that says that it failed, as the policy says."""
@@ -163,13 +174,19 @@ class Asking:
         enough = self.lenient and replies >= self.policy.min_sites
         late = self.policy.deadline is not None and passed > self.policy.deadline
         for name, asked in list(self._waiting.items()):
-            gone = self.roster.members[name].address is None
-            if enough and (gone or late):
+            gone = self._gone(name, asked)
+            if enough and (gone is not None or late):
                 del self._waiting[name]
-                why = "it is gone" if gone else f"no reply within {self.policy.deadline:g} s"
+                why = "it is gone" if gone is not None else f"no reply within {self.policy.deadline:g} s"
                 yield asked.client, None, ClientError(f"{why}; what it sends later is thrown away")
-            elif gone and now - max(self.roster.members[name].since, started) > self.policy.waits.start:
-                raise SiteError(f"{name} is gone, and did not come back within {self.policy.waits.start:g} s")
+            elif gone is not None and now - max(gone, started) > self.policy.waits.start:
+                last = f": {asked.said}" if asked.said else ""
+                raise SiteError(f"{name} is gone, and did not come back within {self.policy.waits.start:g} s{last}")
             elif passed > self.within + (self.policy.waits.start if asked.said else 0.0):
                 last = f"; it said last: {asked.said}" if asked.said else ""
                 raise SiteError(f"{name} gave no answer within {self.within:g} s{last}")
+
+    def _gone(self, name: str, asked: _Asked) -> float | None:
+        """Returns since when a site is not there; None where it is."""
+        member = self.roster.members[name]
+        return member.since if member.address is None else asked.away

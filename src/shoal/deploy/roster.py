@@ -92,7 +92,10 @@ class Roster:
             return False
         if isinstance(answer, Exception):
             return True  # it is asked again
-        said = Answer.from_json(answer.meta)
+        try:
+            said = Answer.from_json(answer.meta)
+        except ValueError as error:
+            said = Answer(error=f"its answer makes no sense: {error}", refused=True)
         if said.refused:
             raise ConfigurationError(f"{said.site or address} refuses: {said.error}")
         if said.error:
