@@ -104,7 +104,7 @@ def test_two_processes_equal_one_with_the_same_examples_in_a_step(nursery, recor
     assert "batch: 5 examples a device × 2 devices = 10 a step (ddp, fp32)" in launch.told[0]
     assert launch.told[1] == ""
     for line, expected in zip(records(tmp_path / "two"), records(one), strict=True):
-        assert line == pytest.approx(expected, rel=1e-4)  # AdamW makes much of a rounding
+        assert line == pytest.approx(expected, rel=1e-3)  # AdamW makes much of a rounding
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", one))
     for name in theirs:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)

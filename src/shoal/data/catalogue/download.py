@@ -73,27 +73,40 @@ def _alone(part: Path, timeout: float) -> Iterator[None]:
     Raises:
         TimeoutError: It has not grown for twice the time-out.
     """
-    with part.with_name(part.name + ".lock").open("w") as lock:
-        size, seen = -1, time.monotonic()
-        while not _locked(lock):
-            now = part.stat().st_size if part.exists() else 0
-            if now != size:
-                size, seen = now, time.monotonic()
-            if time.monotonic() - seen > 2 * timeout:
-                raise TimeoutError(f"another process is at it, and has made no progress for {2 * timeout:g} seconds")
-            time.sleep(0.1)
+    path = part.with_name(part.name + ".lock")
+    size, seen = -1, time.monotonic()
+    while (lock := _locked(path)) is None:
+        now = _size(part)
+        if now != size:
+            size, seen = now, time.monotonic()
+        if time.monotonic() - seen > 2 * timeout:
+            raise TimeoutError(f"another process is at it, and has made no progress for {2 * timeout:g} seconds")
+        time.sleep(0.1)
+    with lock:
         try:
             yield
         finally:
-            Path(lock.name).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
-def _locked(stream: IO[str]) -> bool:
+def _locked(path: Path) -> IO[str] | None:
+    """Returns a file that this process alone has locked; None where another has, or has just removed it."""
+    lock = path.open("w")
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    lock.close()
+    return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # it is not there yet, or has got its name
+        return 0
 
 
 def file_md5(path: Path) -> str:
@@ -116,7 +129,7 @@ def _fault(path: Path, md5: str | None) -> str | None:
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
-    have = part.stat().st_size if part.exists() else 0
+    have = _size(part)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})  # noqa: S310 - fixed URLs
     try:
         response = urllib.request.urlopen(request, timeout=timeout)  # noqa: S310
