@@ -39,8 +39,9 @@ def serve(learner: Learner, site: Site) -> None:
 
 
 def _serve(learner: Learner, site: Site) -> None:
-    data = as_dataset(site.data, name=site.name)
-    held_out: Dataset | None = None if site.evaluate is None else as_dataset(site.evaluate, name=site.name)
+    data = as_dataset(site.examples(), name=site.name)
+    kept = site.held_out()
+    held_out: Dataset | None = None if kept is None else as_dataset(kept, name=site.name)
     source = TaskSource(evaluate=held_out is not None)
     with learner.together() if isinstance(learner, RankedLearner) else nullcontext(learner) as trains:
         while (task := source.next_task()) is not None:

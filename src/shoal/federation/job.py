@@ -221,8 +221,12 @@ class Job:
             learner = ScriptLearner(script, self.model, tuple(map(str, self.args)))
             return learner, SitePopulation(self.sites), starter
         own = self.learner
-        names = [site.name for site in self.sites]
-        clients = Population.from_datasets([site.data for site in self.sites], names=names)
+        clients: Population
+        if any(site.fetches for site in self.sites):
+            clients = SitePopulation(self.sites)
+        else:
+            names = [site.name for site in self.sites]
+            clients = Population.from_datasets([site.data for site in self.sites], names=names)
         return (
             own.on(Devices(accelerator="cpu", precision=own.devices.precision)),
             clients,

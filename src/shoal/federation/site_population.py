@@ -13,7 +13,7 @@ from shoal.sites import Site
 
 
 class SitePopulation(Population):
-    """The sites that run a script. Each counts as one client, with nothing to read here.
+    """The sites that run a script, or keep their data to themselves. Each is one client, with nothing to read here.
 
     Args:
         sites: In the order of the clients' numbers.

@@ -47,9 +47,10 @@ class Site:
     command: Sequence[str] = ()
     """What to put before the interpreter that launches the ranks, such as ``["nice", "-n", "5"]``."""
     data: Any = None
-    """The site's examples (arrays, a torch data set), where a learner trains rather than a script."""
+    """The site's examples (arrays, a torch data set), where a learner trains rather than a script; or a function
+    without arguments that returns them, called at the site alone."""
     evaluate: Any = None
-    """The site's held-out examples, on which it measures the global model, where a learner trains."""
+    """The site's held-out examples, likewise, on which it measures the global model, where a learner trains."""
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
@@ -72,6 +73,19 @@ class Site:
             raise ConfigurationError(
                 f"{self.name} does not say how many devices it has: Devices({spread.strategy!r}, count=…)"
             )
+
+    @property
+    def fetches(self) -> bool:
+        """Whether its examples are there only once the site asks for them."""
+        return _is_function(self.data)
+
+    def examples(self) -> Any:
+        """Returns the site's examples."""
+        return self.data() if _is_function(self.data) else self.data
+
+    def held_out(self) -> Any:
+        """Returns the site's held-out examples; None where it has none."""
+        return self.evaluate() if _is_function(self.evaluate) else self.evaluate
 
     @property
     def spread(self) -> Devices:
@@ -98,3 +112,7 @@ class Site:
         if self.data is not None:
             told |= {"strategy": self.spread.strategy, "data": describe(self.data)}
         return told
+
+
+def _is_function(data: Any) -> bool:
+    return callable(data) and not hasattr(data, "__len__")
