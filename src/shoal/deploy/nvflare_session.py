@@ -29,6 +29,9 @@ CALL = 60.0
 
 LINE = 1 << 16
 
+ENDED = f"received: {MARK}"
+"""Before the reason in the line of the log that says that shoal's controller has ended the job."""
+
 
 class Session:
     """A session; :meth:`close` ends it.
@@ -43,8 +46,8 @@ class Session:
         with childs:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(kit), user],
-                stdin=childs,
-                stdout=childs,
+                stdin=childs.fileno(),
+                stdout=childs.fileno(),
                 stderr=subprocess.DEVNULL,
                 env=environment(),
                 start_new_session=True,  # Ctrl-C is for this process, which may have something to say to the server
@@ -121,9 +124,10 @@ def _log(opened: Any, job: str) -> list[str]:
 
 
 def _errors(opened: Any, job: str) -> list[str]:
-    """Returns the last errors in a job's log on the server."""
+    """Returns why shoal has ended a job; where it has not, the last errors in the job's log on the server."""
     lines = opened.get_job_logs(job, "server")["logs"].get("server", "").splitlines()
-    return [line for line in lines if " - ERROR - " in line or "Error" in line][-10:]
+    own = [line.split(ENDED, 1)[1] for line in lines if ENDED in line]
+    return own[:1] or [line for line in lines if " - ERROR - " in line or "Error" in line][-10:]
 
 
 def _abort(opened: Any, job: str) -> None:
