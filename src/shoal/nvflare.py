@@ -7,14 +7,14 @@ A job of :func:`shoal.deploy.nvflare_job.write_job` names them, and sites that a
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
-from shoal.errors import ConfigurationError, MissingExtraError, ShoalError
+from shoal.errors import MissingExtraError, ShoalError
 from shoal.federation.callbacks import Callback
 from shoal.federation.progress import Progress
 
@@ -27,7 +27,7 @@ except ImportError as missing:
 
 from rich.console import Console
 
-from shoal.deploy.nvflare_executor import ShoalExecutor
+from shoal.deploy.nvflare_executor import ShoalExecutor, read_order
 from shoal.deploy.nvflare_job import MARK, ORDER, RUN
 from shoal.deploy.nvflare_wire import DAY, NvflareWire
 
@@ -57,7 +57,7 @@ class ShoalController(Controller):  # type: ignore[misc]  # NVFlare has no types
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Runs the federation; an error of shoal's ends the job as failed, with its message."""
         try:
-            text = self._text(fl_ctx)
+            text = json.dumps(read_order(_workspace(fl_ctx), fl_ctx.get_job_id(), self._order))
             wire = NvflareWire(self, fl_ctx, abort_signal, within=self._within)
             self.run_order(wire, text, run_folder(fl_ctx), (Progress(_log_console()),))
         except ShoalError as error:
@@ -75,18 +75,12 @@ class ShoalController(Controller):  # type: ignore[misc]  # NVFlare has no types
         Raises:
             ShoalError: It failed.
         """
-        remote = importlib.import_module("shoal.experiments.remote")
-        order = remote.Order.from_json(text)
+        from shoal.experiments.remote import Order, run_over
+
+        order = Order.from_json(text)
         if not Path(order.run_dir or ".").is_absolute():
             order = dataclasses.replace(order, run_dir=str(folder))
-        remote.run_over(wire, order, callbacks)
-
-    def _text(self, fl_ctx: FLContext) -> str:
-        path = _workspace(fl_ctx).get_app_config_dir(fl_ctx.get_job_id())
-        try:
-            return (Path(path) / self._order).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigurationError(f"the job has no order of shoal's: {error}; export it again") from error
+        run_over(wire, order, callbacks)
 
 
 def run_folder(fl_ctx: FLContext) -> Path:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
 import queue
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from shoal.deploy.attendant import PrivateSite
 from shoal.deploy.bridge import forward
+from shoal.deploy.nvflare_job import ORDER
 from shoal.deploy.nvflare_messages import REASON, TASK, WITHIN, packed, unpacked
 from shoal.deploy.parcel import Parcel
+from shoal.deploy.private_site import write_site
+from shoal.deploy.site_settings import Allowed
 from shoal.errors import ConfigurationError
 
 FOLDER = "SHOAL_SITE_FOLDER"
@@ -74,15 +78,26 @@ class ShoalExecutor(Executor):  # type: ignore[misc]  # NVFlare has no types
         """Brings a parcel to the site's process; see :func:`shoal.deploy.bridge.forward`."""
         return forward(parcel, folder, within=within)
 
-    def private_site(self, folder: Path, name: str) -> list[str]:
-        """Returns the command that starts a ``shoal site`` for this job alone.
+    def private_site(self, folder: Path, name: str, fl_ctx: FLContext) -> Sequence[str]:
+        """Makes a site for this job alone, which runs what the job's order says and nothing else.
 
         Args:
             folder: The site's.
             name: The client's.
+            fl_ctx: Of the task.
+
+        Returns:
+            The command that starts it.
+
+        Raises:
+            ConfigurationError: The job has no order, or brings no code, so that this client cannot have allowed that.
         """
-        made = importlib.import_module("shoal.deploy.site").private_site_command(folder, name=name)
-        return [str(part) for part in made]
+        if fl_ctx.get_job_id() != SIMULATED and not (fl_ctx.get_prop(FLContextKey.JOB_META) or {}).get("byoc"):
+            raise ConfigurationError(
+                f"no shoal site is known here: start one, and write its folder into local/{FOLDER_FILE} of this client"
+            )
+        order = read_order(_workspace(fl_ctx), fl_ctx.get_job_id(), ORDER)
+        return write_site(folder, name, [Allowed(name=order["name"], source=order["experiment"], settings=("*",))])
 
     def _forwarded(self, parcel: Parcel, folder: Path, within: float, abort_signal: Signal) -> Parcel | None:
         """Returns the site's answer; None where the job was aborted meanwhile."""
@@ -111,7 +126,7 @@ class ShoalExecutor(Executor):  # type: ignore[misc]  # NVFlare has no types
             return given
         site = self._private_site(fl_ctx)
         name = fl_ctx.get_identity_name()
-        site.start(lambda: self.private_site(site.folder, name), aborted=lambda: bool(abort_signal.triggered))
+        site.start(lambda: self.private_site(site.folder, name, fl_ctx), aborted=lambda: bool(abort_signal.triggered))
         return site.folder
 
     def _folder_given(self, fl_ctx: FLContext) -> Path | None:
@@ -133,6 +148,26 @@ class ShoalExecutor(Executor):  # type: ignore[misc]  # NVFlare has no types
             # The simulator ends a client's process after each of its turns; what began them all lives as long as it.
             self._private = PrivateSite(folder, ends_with=os.getppid() if simulated else os.getpid())
         return self._private
+
+
+def read_order(workspace: Any, job: str, name: str) -> dict[str, Any]:
+    """Returns what a job is to run, with the path of the experiment where the job has brought that.
+
+    Args:
+        workspace: NVFlare's.
+        job: The job's number.
+        name: The file beside the job's configuration that says it.
+
+    Raises:
+        ConfigurationError: There is no such file.
+    """
+    path = Path(workspace.get_app_config_dir(job)) / name
+    try:
+        order: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        brought = Path(workspace.get_app_custom_dir(job)) / order["experiment"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"the job has no order of shoal's in {path}: {error}; export it again") from error
+    return {**order, "experiment": str(brought)} if brought.exists() else order
 
 
 def _workspace(fl_ctx: FLContext) -> Any:

@@ -6,14 +6,12 @@ They are started without NVFlare's scripts, which leave processes behind that no
 from __future__ import annotations
 
 import contextlib
-import importlib
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from shoal.deploy.nvflare_project import (
     ADMIN,
@@ -25,6 +23,7 @@ from shoal.deploy.nvflare_project import (
     site_folder,
 )
 from shoal.deploy.nvflare_session import Session
+from shoal.deploy.started import StartedProcesses
 from shoal.errors import EngineError
 
 APPS = "nvflare.private.fed.app"
@@ -36,29 +35,12 @@ STOPPING = 20.0
 """Seconds in which processes that were started in vain must end."""
 
 
-class Processes(Protocol):
-    """What starts processes, keeps their logs, and ends them with all that they have started."""
-
-    def start(self, name: str, command: Sequence[str], *, env: Mapping[str, str], cwd: Path) -> Any:
-        """Starts one."""
-        ...  # pragma: no cover
-
-    def alive(self) -> Mapping[str, bool]:
-        """Tells which are alive."""
-        ...  # pragma: no cover
-
-    def stop(self, within: float) -> Any:
-        """Ends all."""
-        ...  # pragma: no cover
-
-
 def up(
     folder: Path,
     sites: Sequence[str],
     site_commands: Mapping[str, Sequence[str]],
     *,
     within: float,
-    processes: Processes | None = None,
 ) -> None:
     """Provisions and starts a server and its clients, and the sites' own processes, and waits until all are there.
 
@@ -68,7 +50,6 @@ def up(
         sites: Their names.
         site_commands: What starts ``shoal site`` for each of them.
         within: Seconds in which all must have registered.
-        processes: Starts them; None for those of the folder.
 
     Raises:
         EngineError: Something could not be started; nothing is left of it but the logs.
@@ -78,17 +59,17 @@ def up(
     until = time.monotonic() + within
     port = _free_port()
     provision(folder, sites, port)
-    started = processes or importlib.import_module("shoal.deploy.started").StartedProcesses(folder)
+    started = StartedProcesses(folder)
     try:
         for site, command in site_commands.items():
             site_folder(folder, site).mkdir(parents=True, exist_ok=True)
             started.start(f"site-{site}", command, env=environment(), cwd=site_folder(folder, site))
         for name, command in participants(folder, sites).items():
             started.start(name, command, env=environment(), cwd=kits(folder) / (name.removeprefix("nvflare-")))
-        _wait(lambda: _listens(port), folder, started, until, "NVFlare's server does not listen")
+        _wait(lambda: _listens(port), started, until, "NVFlare's server does not listen")
         with contextlib.closing(Session(kits(folder) / ADMIN, ADMIN)) as opened:
             _wait(
-                *(lambda: _registered(opened, sites), folder, started, until),
+                *(lambda: _registered(opened, sites), started, until),
                 "not all clients have registered with NVFlare's server",
             )
     except BaseException:
@@ -137,7 +118,7 @@ def commands(folder: Path, sites: Sequence[str] = ()) -> list[str]:
     return [*told, f"# Who submits jobs, with the kit {kit / ADMIN}:", "nvflare job submit -j JOB"]
 
 
-def _wait(ready: Callable[[], bool], folder: Path, started: Processes, until: float, problem: str) -> None:
+def _wait(ready: Callable[[], bool], started: StartedProcesses, until: float, problem: str) -> None:
     """Waits until something is so.
 
     Raises:
@@ -146,19 +127,14 @@ def _wait(ready: Callable[[], bool], folder: Path, started: Processes, until: fl
     while not ready():
         gone = [name for name, alive in started.alive().items() if not alive]
         if gone:
-            raise EngineError(f"{', '.join(gone)} has ended:\n{_last_lines(folder, gone)}")
+            raise EngineError(f"{', '.join(gone)} has ended:\n{_last_lines(started, gone)}")
         if time.monotonic() > until:
-            raise EngineError(f"{problem} in time:\n{_last_lines(folder, list(started.alive()))}")
+            raise EngineError(f"{problem} in time:\n{_last_lines(started, list(started.alive()))}")
         time.sleep(GLANCE)
 
 
-def _last_lines(folder: Path, names: Sequence[str]) -> str:
-    told = []
-    for name in names:
-        path = folder / "logs" / f"{name}.log"
-        lines = path.read_text(errors="replace").splitlines()[-8:] if path.exists() else []
-        told += [f"{path}:", *(f"  {line}" for line in lines)]
-    return "\n".join(told)
+def _last_lines(started: StartedProcesses, names: Sequence[str]) -> str:
+    return "\n".join(f"{started.log(name)}:\n{started.last_lines(name, 8)}" for name in names)
 
 
 def _registered(opened: Session, sites: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ import queue
 import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nvflare.apis.controller_spec import ClientTask, Task, TaskCompletionStatus
@@ -34,6 +35,17 @@ REASONS = {
 """Why NVFlare gives up a task, as it reads after the client's name."""
 
 
+@dataclass(eq=False)
+class _Sent:
+    """A parcel on its way to a client, and its answer's on its way back."""
+
+    client: str
+    parcel: Parcel
+    ticket: str
+    task: Task | None = None
+    """None where there is no such client."""
+
+
 class NvflareWire:
     """A job of NVFlare as a wire; its addresses are the names of the job's clients.
 
@@ -55,8 +67,10 @@ class NvflareWire:
         self._fl_ctx = fl_ctx
         self._abort = abort_signal
         self._within = max(int(within), 1)
-        self._answers: queue.SimpleQueue[tuple[str, Shareable | Exception]] = queue.SimpleQueue()
-        self._open: dict[str, Task | None] = {}
+        self._answers: queue.SimpleQueue[tuple[_Sent, Shareable | Exception]] = queue.SimpleQueue()
+        self._open: dict[str, _Sent] = {}
+        self._parted: dict[str, _Sent] = {}
+        """What was forgotten since the last look, by client."""
 
     def present(self) -> Collection[str]:
         """Returns the names of the job's clients but for those that NVFlare takes for disconnected.
@@ -71,23 +85,31 @@ class NvflareWire:
     def send(self, to: Sequence[str], parcel: Parcel) -> Mapping[str, str]:
         """Has a task wait for each of the clients, which fetch it when they next ask; they all share the tensors.
 
+        A client works at one task at a time, and NVFlare loses none. So where the same parcel was forgotten just
+        before, its task is left to the client under a new ticket, and neither task nor answer travels twice.
+
         Raises:
             EngineError: The job was aborted.
         """
         self._check()
-        message = packed(parcel)
-        message.set_header(WITHIN, self._within)
+        message: Shareable | None = None
         known = {client.name for client in self._fl_ctx.get_engine().get_clients()}
         tickets = {}
         for name in to:
-            ticket = tickets[name] = uuid.uuid4().hex
+            sent = self._parted.get(name)
+            if sent is not None and sent.parcel is parcel and sent.task is not None:
+                del self._parted[name]
+                sent.ticket = uuid.uuid4().hex
+            else:
+                sent = _Sent(name, parcel, uuid.uuid4().hex)
+            tickets[name] = sent.ticket
+            self._open[sent.ticket] = sent
             if name not in known:
-                self._open[ticket] = None
-                self._answers.put((ticket, EngineError(f"{name} is not a client of this job of NVFlare")))
-                continue
-            task = self._task(ticket, name, message)
-            self._open[ticket] = task
-            self._controller.send(task, self._fl_ctx, targets=[name])
+                self._answers.put((sent, EngineError(f"{name} is not a client of this job of NVFlare")))
+            elif sent.task is None:
+                message = message or self._message(parcel)
+                sent.task = self._task(sent, message)
+                self._controller.send(sent.task, self._fl_ctx, targets=[name])
         return tickets
 
     def receive(self, seconds: float) -> Iterator[tuple[str, Parcel | Exception]]:
@@ -96,9 +118,10 @@ class NvflareWire:
         Raises:
             EngineError: The job was aborted.
         """
+        self._take_back()
         arrived = self._first(seconds)
         while arrived:
-            if arrived[0][0] in self._open:
+            if arrived[0][0].ticket in self._open:
                 yield self._taken(arrived)  # what is yielded must not have a name here, or it would be kept meanwhile
             else:
                 arrived.clear()  # nobody wants it any more
@@ -106,23 +129,35 @@ class NvflareWire:
                 arrived.append(self._answers.get_nowait())
 
     def forget(self, tickets: Collection[str]) -> None:
-        """Takes tasks back: those that were not fetched are not sent, and answers to the others are thrown away."""
+        """Has answers thrown away; tasks that were not fetched are taken back unless they are sent again at once."""
         for ticket in tickets:
-            if (task := self._open.pop(ticket, None)) is not None:
-                self._controller.cancel_task(task)
+            if (sent := self._open.pop(ticket, None)) is not None and sent.task is not None:
+                self._take_back(sent.client)
+                self._parted[sent.client] = sent
 
-    def _task(self, ticket: str, name: str, message: Shareable) -> Task:
+    def _take_back(self, client: str | None = None) -> None:
+        """Takes back what was forgotten: of one client, or of all."""
+        for name in list(self._parted) if client is None else [client]:
+            if (sent := self._parted.pop(name, None)) is not None:
+                self._controller.cancel_task(sent.task)
+
+    def _message(self, parcel: Parcel) -> Shareable:
+        message = packed(parcel)
+        message.set_header(WITHIN, self._within)
+        return message
+
+    def _task(self, sent: _Sent, message: Shareable) -> Task:
         def answered(client_task: ClientTask, **_: Any) -> None:
-            self._answers.put((ticket, client_task.result))
+            self._answers.put((sent, client_task.result))
             client_task.result = None  # NVFlare keeps the task a while
 
         def done(task: Task, **_: Any) -> None:
             if task.completion_status in REASONS:
-                self._answers.put((ticket, EngineError(f"{name} {REASONS[task.completion_status]}")))
+                self._answers.put((sent, EngineError(f"{sent.client} {REASONS[task.completion_status]}")))
 
         return Task(TASK, message, timeout=self._within, result_received_cb=answered, task_done_cb=done)
 
-    def _first(self, seconds: float) -> list[tuple[str, Shareable | Exception]]:
+    def _first(self, seconds: float) -> list[tuple[_Sent, Shareable | Exception]]:
         """Waits for an answer; returns it in a list, which is empty where none came."""
         until = time.monotonic() + seconds
         while True:
@@ -133,11 +168,11 @@ class NvflareWire:
             if not left:
                 return []
 
-    def _taken(self, arrived: list[tuple[str, Shareable | Exception]]) -> tuple[str, Parcel | Exception]:
+    def _taken(self, arrived: list[tuple[_Sent, Shareable | Exception]]) -> tuple[str, Parcel | Exception]:
         """Takes an answer from a list, closes its ticket, and reads it."""
-        ticket, found = arrived.pop()
-        del self._open[ticket]
-        return ticket, self._read(found)
+        sent, found = arrived.pop()
+        del self._open[sent.ticket]
+        return sent.ticket, self._read(found)
 
     @staticmethod
     def _read(found: Shareable | Exception) -> Parcel | Exception:
