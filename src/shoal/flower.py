@@ -1,1 +1,89 @@
-"""shoal over Flower: the apps that a SuperLink and its SuperNodes run."""
+"""The two apps of Flower's in which shoal's federation runs: at the server, and at the sites.
+
+An app that ``shoal export --to flower`` has written refers to them::
+
+    # client_app.py
+    import shoal.flower
+
+    app = shoal.flower.client_app
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from shoal.deploy.bridge import forward
+from shoal.deploy.flower_records import parcel_of, records_of
+from shoal.deploy.parcel import Parcel
+from shoal.errors import ConfigurationError, MissingExtraError, ShoalError
+
+try:
+    from flwr.app import Message
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import ServerApp
+except ModuleNotFoundError as missing:
+    raise MissingExtraError("flwr", purpose="run in Flower's processes", extra="flower") from missing
+
+__all__ = ["client_app", "make_server_app", "server_app"]
+
+SITE = "shoal-site"
+"""The key in a SuperNode's configuration: the folder of the site."""
+
+SPARE = 5.0
+"""Seconds before a message ends in which its reply must be on its way."""
+
+
+def make_server_app(folder: Path) -> Any:
+    """Returns a ServerApp that runs the order in its run configuration.
+
+    Args:
+        folder: Against which an experiment that is a relative path is resolved.
+    """
+    app = ServerApp()
+
+    def main(grid: Any, context: Any) -> None:
+        from shoal.deploy.flower_server import serve
+        from shoal.deploy.flower_wire import FlowerWire
+        from shoal.experiments.remote import Order, run_over
+
+        serve(context.run_config, folder, Order.from_json, lambda order: run_over(FlowerWire(grid), order))
+
+    app.main()(main)
+    return app
+
+
+def _answer(message: Any, context: Any) -> Any:
+    """Brings a message to the site's own process, and returns the reply; a failure is one that says so."""
+    try:
+        answer = forward(parcel_of(message.content), _site(context), within=_left(message))
+    except (ShoalError, OSError, ValueError) as error:
+        answer = Parcel(meta={"error": str(error)})
+    except Exception as error:  # Flower would send its kind alone
+        answer = Parcel(meta={"error": f"{type(error).__name__}: {error}"})
+    return Message(records_of(answer), reply_to=message)
+
+
+def _site(context: Any) -> Path:
+    folder = context.node_config.get(SITE)
+    if not isinstance(folder, str) or not folder:
+        raise ConfigurationError(
+            "this SuperNode does not know its shoal site: start it with "
+            f"flower-supernode … --node-config '{SITE}=\"/path/of/the/site\"'"
+        )
+    return Path(folder)
+
+
+def _left(message: Any) -> float:
+    """Returns the seconds in which Flower still takes a reply to a message."""
+    told = message.metadata
+    return max(float(told.created_at + told.ttl - time.time()) - SPARE, 1.0)
+
+
+server_app = make_server_app(Path())
+"""A ServerApp for an order whose experiment is a built-in one, or an absolute path."""
+
+client_app = ClientApp()
+"""The ClientApp of every site: it knows no model, and imports no framework."""
+client_app.train()(_answer)

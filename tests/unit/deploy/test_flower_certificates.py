@@ -1,5 +1,6 @@
 """Certificates and keys: who believes them, and who may read them."""
 
+import contextlib
 import ssl
 import threading
 from pathlib import Path
@@ -23,10 +24,8 @@ def _greet(files: ServerCertificates, called: str) -> str | None:
     client.verify_flags |= ssl.VERIFY_X509_STRICT
 
     def serve() -> None:
-        try:
+        with contextlib.suppress(OSError):
             server.wrap_socket(ours, server_side=True).close()
-        except OSError:
-            pass
 
     thread = threading.Thread(target=serve)
     thread.start()

@@ -1,0 +1,86 @@
+"""Shoal's server in the process of a ServerApp."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ConfigurationError, EngineError, ShoalError
+
+ORDER = "order"
+"""The key in the run configuration: what to run, as JSON."""
+
+FILES = "experiment"
+"""The folder in an app with the files of its experiment."""
+
+OUTCOME = "shoal: "
+"""How the line begins that says how the run ended."""
+
+
+def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], run: Callable[[Any], None]) -> None:
+    """Runs the order in a run configuration, and says in its last line how it ended.
+
+    Args:
+        config: The run configuration.
+        folder: The app's own.
+        read: Makes an order from JSON.
+        run: Runs it.
+
+    Raises:
+        ShoalError: The run did not end well; Flower then marks it as failed.
+    """
+    try:
+        with _ctrl_c():
+            order = read(_order_text(config))
+            order = dataclasses.replace(order, experiment=located(order.experiment, folder))
+            run(order)
+    except ShoalError as error:
+        say(f"failed: {error}")
+        raise
+    except KeyboardInterrupt as stopped:  # flwr stop, or the SuperLink's end
+        say(f"stopped: {stopped}")
+        raise EngineError(f"the run was stopped: {stopped}") from stopped
+    say(f"completed: {order.run_dir}")
+
+
+def located(experiment: str, folder: Path) -> str:
+    """Returns an experiment by its path where the app has brought its file, and by its name where it has not."""
+    carried = folder / FILES / experiment
+    if Path(experiment).is_absolute() or not carried.exists():
+        return experiment
+    return str(carried.resolve())
+
+
+def say(outcome: str) -> None:
+    """Writes a line that whoever has submitted the run reads, however many lines the text has."""
+    print(OUTCOME + " ".join(outcome.split()), flush=True)  # noqa: T201 - the run's log is what Flower carries
+
+
+def _order_text(config: Mapping[str, Any]) -> str:
+    text = config.get(ORDER)
+    if not isinstance(text, str) or not text:
+        raise ConfigurationError(
+            f"the run configuration has no {ORDER!r}: write the app with `shoal export … --to flower`"
+        )
+    return text
+
+
+@contextlib.contextmanager
+def _ctrl_c() -> Iterator[None]:
+    """Has SIGINT, by which Flower tells that a run was stopped, end the block as Ctrl-C does, with the state saved.
+
+    Flower's own handler would end the process at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
