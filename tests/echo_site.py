@@ -22,7 +22,8 @@ def main(folder: Path) -> None:
             stream, _ = server.accept()
             with stream:
                 received = receive(stream)
-                assert received is not None and received[1] is not None
+                assert received is not None
+                assert received[1] is not None
                 assert received[0]["key"] == address.key
                 parcel = read_parcel(received[1])
                 time.sleep(parcel.meta.get("sleep", 0))
