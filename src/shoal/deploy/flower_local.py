@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.deploy.certificates import ServerCertificates, write_node_key, write_server_certificates
-from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, last_lines, tool
+from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, last_lines, toml_string, tool
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
 from shoal.processes.table import marked
@@ -232,11 +232,6 @@ def free_ports(count: int) -> list[int]:
         for one in sockets:
             one.bind((ADDRESS, 0))
         return [one.getsockname()[1] for one in sockets]
-
-
-def toml_string(text: str) -> str:
-    """Returns a text as TOML writes it."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _listens(port: int, certificates: ServerCertificates) -> bool:

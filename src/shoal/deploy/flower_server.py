@@ -15,11 +15,14 @@ from shoal.errors import ConfigurationError, EngineError, ShoalError
 ORDER = "order"
 """The key in the run configuration: what to run, as JSON."""
 
+NONCE = "nonce"
+"""The key in the run configuration: by what the server recognises the folder of whoever submitted the run."""
+
 FILES = "experiment"
 """The folder in an app with the files of its experiment."""
 
-OUTCOME = "shoal: "
-"""How the line begins that says how the run ended."""
+OUTCOME = "shoal: run "
+"""How the line begins that says how the run ended; what Flower says after it of the same matter, need not be read."""
 
 
 def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], run: Callable[[Any], None]) -> None:

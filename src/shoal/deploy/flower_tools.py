@@ -115,3 +115,8 @@ def last_lines(text: str, count: int = TAIL) -> str:
     """Returns the last lines of a text that say something."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     return "\n".join(lines[-count:]) or "(nothing)"
+
+
+def toml_string(text: str) -> str:
+    """Returns a text as TOML writes it."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -134,12 +134,14 @@ def _asked(what: str, call: Callable[[], Any]) -> Any:
     """
     try:
         return call()
-    except Exception as error:  # httpx's, flwr's own, and whatever its next version raises
+    except BaseException as error:  # httpx's, flwr's own, and whatever its next version raises
         status = getattr(getattr(error, "response", None), "status_code", None)
+        # Flower's is no Exception, so that nobody catches it by chance, and shoal would not either.
         if status in {401, 403} or type(error).__name__ == "RunNotRunningException":
-            raise EngineError("Flower has ended the run: somebody stopped it, or its SuperLink was started anew") from (
-                error
-            )
+            ended = "Flower has ended the run: somebody stopped it, or its SuperLink was started anew"
+            raise EngineError(ended) from error
+        if not isinstance(error, Exception):
+            raise
         raise EngineError(f"Flower's SuperLink did not {what}: {type(error).__name__}: {error}") from error
 
 
