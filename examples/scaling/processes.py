@@ -5,13 +5,13 @@ import subprocess
 from pathlib import Path
 
 
-def host_memory(pid: int) -> int:
-    """Returns what a process and all its children have in memory, in bytes.
+def host_memory(*pids: int) -> int:
+    """Returns what processes and all their children have in memory, in bytes.
 
     What they share, with each other or with anybody else, counts once, as much as the largest of them has of it.
     """
     private, shared = 0, [0]
-    for one in (pid, *descendants(pid)):
+    for one in (one for pid in pids for one in (pid, *descendants(pid))):
         try:
             lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()[1:]
         except OSError:  # it has just ended

@@ -7,13 +7,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
 from processes import device_memory, host_memory
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.resolve()
+SHOAL = (sys.executable, "-m", "shoal")
 ENGINES = ("sequential", "vectorized", "process")
+REAL = ("flower", "nvflare")
 POPULATIONS = (10, 100, 1_000, 10_000)
 HEAD = ("clients", "engine", "host memory", "device memory", "time a round", "accuracy")
 
@@ -59,16 +63,21 @@ def positive(text: str) -> int:
 
 def measured(engine: str, clients: int, fit_clients: int, rounds: int, more: list[str]) -> tuple[str, ...]:
     """Runs one federation in a process of its own, and returns its row of the table."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "shoal", "federate", str(HERE / "experiment.py"), "--engine", engine]
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        words = ["federate", str(HERE / "experiment.py"), "--engine", engine]
         words += ["--clients", str(clients), "--cohort", str(fit_clients), "--rounds", str(rounds)]
         words += ["--run-dir", f"{folder}/run", "--set", "tensorboard=false", *more]
         before = device_memory()
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-            host, device = watched(process)
+        others: list[int] = []
+        if engine in REAL:
+            place = Path(folder, "deployment")
+            others = stack.enter_context(deployed(engine, clients, place))
+            words += ["--deployment", str(place)]
+        with subprocess.Popen([*SHOAL, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            host, device = watched(process, others)
             said = process.stdout.read() if process.stdout else ""
         if process.returncode:
-            sys.exit(said)
+            raise SystemExit(said)
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     return (
@@ -81,11 +90,26 @@ def measured(engine: str, clients: int, fit_clients: int, rounds: int, more: lis
     )
 
 
-def watched(process: subprocess.Popen[str]) -> tuple[int, int]:
-    """Returns the most memory, in bytes, that a process and its children had, and that the device had."""
+@contextmanager
+def deployed(engine: str, sites: int, place: Path) -> Iterator[list[int]]:
+    """A server and as many real sites as there are clients, on this machine; gives the processes that were started."""
+    words = ["deploy", "up", "--engine", engine, "--sites", str(sites), "--allow", str(HERE / "experiment.py")]
+    done = subprocess.run(
+        [*SHOAL, *words, "--folder", str(place), "--within", str(60 + 30 * sites)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    try:
+        yield [entry["pid"] for entry in json.loads((place / "processes.json").read_text()).values()]
+    finally:
+        subprocess.run([*SHOAL, "deploy", "down", "--folder", str(place)], check=True, stdout=subprocess.DEVNULL)
+
+
+def watched(process: subprocess.Popen[str], others: Sequence[int]) -> tuple[int, int]:
+    """Returns the most memory, in bytes, that processes and their children had, and that the device had."""
     host = device = 0
     while process.poll() is None:
-        host, device = max(host, host_memory(process.pid)), max(device, device_memory())
+        host, device = max(host, host_memory(process.pid, *others)), max(device, device_memory())
         time.sleep(0.05)
     return host, device
 

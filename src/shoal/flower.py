@@ -47,8 +47,12 @@ def make_server_app(folder: Path) -> Any:
         from shoal.deploy.flower_server import serve
         from shoal.deploy.flower_wire import FlowerWire
         from shoal.experiments.remote import Order, run_over
+        from shoal.federation import Progress
 
-        serve(context.run_config, folder, Order.from_json, lambda order: run_over(FlowerWire(grid), order))
+        def run(order: Order) -> None:
+            run_over(FlowerWire(grid), order, [Progress()])
+
+        serve(context.run_config, folder, Order.from_json, run)
 
     app.main()(main)
     return app

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from shoal.cli.deployed import REMOTE, federate_at_sites
 from shoal.cli.launch import among_workers, launch_if_asked
 from shoal.cli.options import DataDir, Precision, RunDir, Seed, Trackers, check_resume
 from shoal.cli.runs import in_new_folder, new_folders, resume_command
@@ -20,7 +21,13 @@ if TYPE_CHECKING:
 Rounds = Annotated[int | None, typer.Option(help="Number of rounds.")]
 Cohort = Annotated[int | None, typer.Option(help="Clients sampled for each round.")]
 Clients = Annotated[int | None, typer.Option(help="Size of the population.")]
-Engine = Annotated[str | None, typer.Option(help="Where a cohort runs: auto, sequential, vectorized, process.")]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="Where a cohort runs: auto, sequential, vectorized, process; at real sites: flower, nvflare."),
+]
+Deployment = Annotated[
+    Path | None, typer.Option(help="With --engine flower or nvflare: the folder of `shoal deploy up`.")
+]
 MaxConcurrent = Annotated[int | None, typer.Option(help="Clients that train at once, with --engine process.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, or cuda:1 for the second GPU.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --run-dir.")]
@@ -53,9 +60,28 @@ def federate(
     max_restarts: MaxRestarts = 0,
     trackers: Trackers = None,
     verbose: Verbose = False,
+    deployment: Deployment = None,
     settings: Set = None,
 ) -> None:
     """Train one model on the data of many clients."""
+    if engine in REMOTE:
+        check_resume(resume, run_dir)
+        given = {"rounds": rounds, "cohort": cohort, "clients": clients, "seed": seed, "data_dir": data_dir}
+        federate_at_sites(
+            engine,
+            experiment,
+            _parsed(settings or []) | {key: str(value) for key, value in given.items() if value is not None},
+            run_dir=run_dir,
+            resume=resume,
+            folder=deployment,
+            refused={
+                "--device": device, "--precision": precision, "--max-concurrent": max_concurrent,
+                "--workers": workers, "--max-restarts": max_restarts, "--tracker": trackers, "--verbose": verbose,
+            },
+        )  # fmt: skip
+        return
+    if deployment is not None:
+        raise ConfigurationError("--deployment is for real sites: say --engine flower or --engine nvflare too")
     options: dict[str, object] = {"rounds": rounds, "cohort": cohort, "clients": clients}
     options |= {"engine": engine, "engine.max_concurrent": max_concurrent, "seed": seed, "data_dir": data_dir}
     with among_workers():
@@ -148,3 +174,9 @@ def _on(experiment: Experiment, device: str | None, precision: str | None) -> Ex
         devices = dataclasses.replace(devices, accelerator=asked.accelerator, ids=asked.ids)
     devices = dataclasses.replace(devices, precision=asked.precision)
     return dataclasses.replace(experiment, learner=experiment.learner.on(devices))
+
+
+def _parsed(pairs: list[str]) -> dict[str, str]:
+    from shoal.experiments import parse_settings
+
+    return parse_settings(pairs)

@@ -8,8 +8,10 @@ import sys
 import typer
 
 from shoal.cli.bench import bench
+from shoal.cli.deploy import deploy
 from shoal.cli.doctor import doctor
 from shoal.cli.exits import guarded
+from shoal.cli.export import export
 from shoal.cli.federate import demo, federate
 from shoal.cli.report import report
 from shoal.cli.site import site
@@ -24,9 +26,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, federate, site, report, doctor):
+for command in (demo, train, federate, export, site, report, doctor):
     app.command()(guarded(command))
-app.add_typer(bench)
+for group in (deploy, bench):
+    app.add_typer(group)
 
 
 @app.callback(invoke_without_command=True)

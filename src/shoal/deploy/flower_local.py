@@ -78,6 +78,17 @@ def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[
         raise
 
 
+def down(folder: Path, *, within: float) -> None:
+    """Ends all processes of a deployment.
+
+    Args:
+        folder: Its folder.
+        within: Seconds that each has to end by itself.
+    """
+    StartedProcesses(folder).stop(within=within)
+    sweep(folder, within=STOP)
+
+
 def sweep(folder: Path, *, within: float) -> None:
     """Ends what Flower's processes have started in sessions of their own, once those processes have ended.
 

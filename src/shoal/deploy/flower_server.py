@@ -25,7 +25,7 @@ OUTCOME = "shoal: run "
 """How the line begins that says how the run ended; what Flower says after it of the same matter, need not be read."""
 
 
-def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], run: Callable[[Any], None]) -> None:
+def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], run: Callable[[Any], object]) -> None:
     """Runs the order in a run configuration, and says in its last line how it ended.
 
     Args:

@@ -77,6 +77,16 @@ def up(
         raise
 
 
+def down(folder: Path, *, within: float) -> None:
+    """Ends all processes of a deployment.
+
+    Args:
+        folder: Its folder.
+        within: Seconds that each has to end by itself.
+    """
+    StartedProcesses(folder).stop(within=within)
+
+
 def participants(folder: Path, sites: Sequence[str]) -> dict[str, list[str]]:
     """Returns what starts the server and the clients of a deployment, by the names of their processes."""
     common = ["secure_train=true", f"org={ORGANISATION}", "config_folder=config"]

@@ -31,7 +31,9 @@ GRACE = 15.0
 """Seconds that the simulator has to end."""
 
 
-def submit(folder: Path, job: Path, *, show: Callable[[str], None], within: float | None) -> Path:
+def submit(
+    folder: Path, job: Path, *, show: Callable[[str], None], within: float | None, run_dir: Path | None = None
+) -> Path:
     """Submits a job, follows it to its end, and downloads its result; Ctrl-C aborts it.
 
     Args:
@@ -39,9 +41,10 @@ def submit(folder: Path, job: Path, *, show: Callable[[str], None], within: floa
         job: The job's folder.
         show: Is told each line that the run says.
         within: Seconds in which the job must end; it is aborted then. None for no limit.
+        run_dir: Where the order has the server put the run, on this machine; None to download it.
 
     Returns:
-        The run's folder, in what was downloaded.
+        The run's folder.
 
     Raises:
         ConfigurationError: There is no startup kit.
@@ -61,6 +64,8 @@ def submit(folder: Path, job: Path, *, show: Callable[[str], None], within: floa
         if status != "FINISHED:COMPLETED":
             told = [f"  {line}" for line in [*opened.call("log", number)[-5:], *opened.call("errors", number)]]
             raise EngineError("\n".join([f"NVFlare's job {number} ended as {status}:", *told]))
+        if run_dir is not None:
+            return run_dir
         where = folder / RESULTS if kit != folder else kit / "transfer"
         found = Path(opened.call("download", number, str(where.absolute()), within=3600.0))
     run = found / "workspace" / RUN
