@@ -46,7 +46,8 @@ def make_server_app(folder: Path) -> Any:
     def main(grid: Any, context: Any) -> None:
         from shoal.deploy.flower_server import serve
         from shoal.deploy.flower_wire import FlowerWire
-        from shoal.experiments.remote import Order, run_over
+        from shoal.deploy.order import Order
+        from shoal.experiments.remote import run_over
         from shoal.federation import Progress
 
         def run(order: Order) -> None:

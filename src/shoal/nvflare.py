@@ -75,7 +75,8 @@ class ShoalController(Controller):  # type: ignore[misc]  # NVFlare has no types
         Raises:
             ShoalError: It failed.
         """
-        from shoal.experiments.remote import Order, run_over
+        from shoal.deploy.order import Order
+        from shoal.experiments.remote import run_over
 
         order = Order.from_json(text)
         if not Path(order.run_dir or ".").is_absolute():

@@ -12,7 +12,7 @@ from shoal.cli.runs import new_folders, resume_command
 from shoal.errors import ConfigurationError, RunInterrupted
 
 if TYPE_CHECKING:
-    from shoal.experiments.remote import Order
+    from shoal.deploy.order import Order
 
 REMOTE = ("flower", "nvflare")
 """The engines whose clients are real sites."""
@@ -44,8 +44,8 @@ def federate_at_sites(
         EngineError: The run did not end well.
         RunInterrupted: Ctrl-C came.
     """
+    from shoal.deploy.order import Order
     from shoal.experiments import build, load
-    from shoal.experiments.remote import Order
     from shoal.experiments.sources import absolute, allowed_name
 
     if given := [option for option, value in refused.items() if value]:

@@ -34,8 +34,8 @@ def export(
     ] = None,
 ) -> None:
     """Write an experiment as a Flower app or an NVFlare job, for real sites."""
+    from shoal.deploy.order import Order
     from shoal.experiments import BUILT_IN, build, load, parse_settings
-    from shoal.experiments.remote import Order
     from shoal.experiments.sources import allowed_name, files_of
 
     if to not in TARGETS:

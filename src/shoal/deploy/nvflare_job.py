@@ -15,6 +15,9 @@ from shoal.runs.files import write_json
 APP = "app"
 """The folder in the job of what server and clients are given."""
 
+CUSTOM = f"{APP}/custom"
+"""The folder in the job of the code that it brings."""
+
 ORDER = "shoal_order.json"
 """The file beside the job's configuration with what the server is to run.
 
@@ -92,7 +95,7 @@ def write_job(
     write_json(config / ORDER, json.loads(order))
     write_json(config / "config_fed_server.json", _server(controller, within, interval))
     write_json(config / "config_fed_client.json", _client(executor, interval))
-    _copy(files or {}, folder / APP / "custom", always=own_code)
+    _copy(files or {}, folder / CUSTOM, always=own_code)
     write_json(folder / "meta.json", meta)
 
 

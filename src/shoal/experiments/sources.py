@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shoal.errors import ConfigurationError
 from shoal.experiments.loading import BUILT_IN
-from shoal.federation.job_files import is_job, local_modules
+from shoal.federation.job_files import local_modules, own_part
 
 
 def allowed_name(source: str) -> str:
@@ -29,8 +29,8 @@ def files_of(source: str) -> Mapping[str, Path]:
     if source in BUILT_IN:
         return {}
     path = Path(source)
-    if is_job(path):
-        return {f"{path.resolve().name}/{each.relative_to(path)}": each for each in path.rglob("*") if each.is_file()}
+    if (own := own_part(path)) is not None:
+        return {f"{path.resolve().name}/{each.relative_to(own)}": each for each in own.rglob("*") if each.is_file()}
     if not path.is_file():
         raise ConfigurationError(
             f"there is no experiment {source}: name a Python file, an exported job's folder, or {', '.join(BUILT_IN)}"

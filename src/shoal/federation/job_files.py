@@ -1,11 +1,16 @@
-"""A job as a folder: its script, the modules beside it, its first model, and its settings as JSON."""
+"""A job as a folder: its script, the modules beside it, its first model, and its settings as JSON.
+
+The folder is a job of NVFlare's, too, whose code is all that.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import json
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,8 @@ from safetensors import safe_open
 
 from shoal import trees
 from shoal.algorithms import ALGORITHMS, Algorithm
+from shoal.deploy.nvflare_job import CUSTOM, write_job
+from shoal.deploy.order import Order
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError
 from shoal.federation.job import Job
@@ -34,8 +41,8 @@ SITE_FIELDS = ("name", "config", "args", "env", "python", "command")
 
 
 def is_job(path: Path) -> bool:
-    """Tells whether a path is a folder that :func:`export_job` has made."""
-    return (path / JOB).is_file()
+    """Tells whether a path is a folder that :func:`export_job` has made, or the part of it that is shoal's."""
+    return own_part(path) is not None
 
 
 def export_job(job: Job, folder: Path) -> None:
@@ -55,19 +62,43 @@ def export_job(job: Job, folder: Path) -> None:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigurationError(f"{folder} is there already: export to a new folder")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.name).strip("-._") or "job"
+    with tempfile.TemporaryDirectory(prefix="shoal-") as scratch:
+        own = Path(scratch) / name
+        _write_own_part(job, own)
+        with storing(folder):
+            write_job(
+                folder,
+                order=Order(experiment=name, name=name).to_json(),
+                name=name,
+                sites=[site.name for site in job.sites],
+                files={name: own},
+                min_clients=job.min_sites or len(job.sites),
+            )
+
+
+def _write_own_part(job: Job, folder: Path) -> None:
+    """Writes what shoal reads of a job."""
     settings = _settings(job)
-    script = Path(job.script).resolve()
+    script = Path(job.script or "").resolve()
     learner = ScriptLearner(script, job.model)
     model = learner.init(job.seed)
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (script, *local_modules(script)):
-            target = folder / path.relative_to(script.parent)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    folder.mkdir(parents=True)
+    for path in (script, *local_modules(script)):
+        target = folder / path.relative_to(script.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
     arrays = trees.flatten({"params": model.params, "buffers": model.buffers, "constants": model.constants})
     save_model(folder / MODEL, arrays, {"framework": trees.framework(model.params)})
     write_json(folder / JOB, {"format": FORMAT, "script": script.name, "ties": learner.ties(model), **settings})
+
+
+def own_part(path: Path) -> Path | None:
+    """Returns the folder with what shoal reads, at a path or in the job of NVFlare's that is there; None for none."""
+    if (path / JOB).is_file():
+        return path
+    found = sorted(path.glob(f"{CUSTOM}/*/{JOB}"))
+    return found[0].parent if found else None
 
 
 def load_job(folder: Path) -> Job:
@@ -76,6 +107,7 @@ def load_job(folder: Path) -> Job:
     Raises:
         ConfigurationError: The folder does not hold one.
     """
+    folder = own_part(folder) or folder
     try:
         told: dict[str, Any] = json.loads((folder / JOB).read_text(encoding="utf-8"))
         if told["format"] != FORMAT:
