@@ -72,6 +72,9 @@ class Answer:
         metrics = told.get("metrics", {})
         if not isinstance(metrics, dict) or len(metrics) > METRICS:
             raise ValueError("its metrics are no small JSON object")
+        number = told.get("number", 0)
+        if type(number) is not int:
+            raise ValueError(f"its number is {number!r:.40}, and must be a whole one")
         site, tree = str(told.get("site", "")), str(told.get("tree", ""))
         if site and not NAME.fullmatch(site):
             raise ValueError(f"its name {site!r:.60} is none")
@@ -79,7 +82,7 @@ class Answer:
             raise ValueError(f"its arrays are {tree!r:.40}, and not params or delta")
         return cls(
             site=site,
-            number=int(told.get("number", 0)),
+            number=number,
             error=str(told.get("error", ""))[:LARGEST_ERROR],
             refused=bool(told.get("refused")),
             busy=bool(told.get("busy")),
@@ -98,5 +101,5 @@ def _told(value: float) -> float | str:
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{value!r:.40} is no number") from error

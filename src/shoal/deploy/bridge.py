@@ -44,12 +44,12 @@ def forward(parcel: Parcel, folder: Path, *, within: float) -> Parcel:
 
     Raises:
         ConfigurationError: The site's process was not started.
-        EngineError: It is gone, or gave no answer.
+        EngineError: It is gone, or gave no answer, or none that can be read.
     """
     address = site_address(folder)
     until = time.monotonic() + within
     try:
-        with contextlib.closing(address.call(CONNECT)) as stream:
+        with contextlib.closing(address.call(min(CONNECT, within))) as stream:
             fd = write_parcel(parcel)
             try:
                 send(stream, {"key": address.key}, fd)
@@ -57,10 +57,12 @@ def forward(parcel: Parcel, folder: Path, *, within: float) -> Parcel:
                 os.close(fd)
             stream.settimeout(max(until - time.monotonic(), 0.001))
             received = receive(stream)
+        if received is None or received[1] is None:
+            raise EngineError(f"the shoal site in {folder} ended before it answered")
+        return read_parcel(received[1])
     except TimeoutError as error:
         raise EngineError(f"the shoal site in {folder} gave no answer within {within:g} s") from error
     except OSError as error:
         raise EngineError(f"the shoal site in {folder} cannot be reached: {error}") from error
-    if received is None or received[1] is None:
-        raise EngineError(f"the shoal site in {folder} ended before it answered")
-    return read_parcel(received[1])
+    except ValueError as error:
+        raise EngineError(f"what the shoal site in {folder} answered cannot be read: {error}") from error

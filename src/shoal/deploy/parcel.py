@@ -11,11 +11,24 @@ from typing import IO, Any
 
 import numpy as np
 
-from shoal.processes.tensors import CODES, PREFIX, Entry, TensorFile, anonymous_file, size_of, view
+from shoal.processes.tensors import (
+    CODES,
+    PREFIX,
+    Entry,
+    TensorFile,
+    anonymous_file,
+    as_bytes,
+    dtype_name,
+    size_of,
+    view,
+)
 from shoal.types import Array, Params
 
 META = "shoal"
 """Under which a parcel's JSON is in the metadata of its file."""
+
+METADATA = "__metadata__"
+"""Under which safetensors keeps that; no array may be called so."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +70,7 @@ def raw(array: Array) -> RawTensor:
         ValueError: Its dtype cannot be sent.
     """
     shape = tuple(int(length) for length in array.shape)
-    if isinstance(array, np.ndarray | np.generic):
-        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        return RawTensor(str(array.dtype), shape, flat.data)
-    import torch
-
-    dtype = str(array.dtype).removeprefix("torch.")
-    flat = array.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return RawTensor(dtype, shape, flat.data)
+    return RawTensor(dtype_name(array), shape, as_bytes(array).data)
 
 
 def array_of(tensor: RawTensor, *, framework: str) -> Array:
@@ -109,8 +115,11 @@ def write_parcel_to(parcel: Parcel, file: IO[bytes]) -> None:
 
     Raises:
         OSError: There is no room.
+        ValueError: A name is one that the format keeps for itself.
     """
-    rows: dict[str, Any] = {"__metadata__": {META: json.dumps(dict(parcel.meta))}}
+    if METADATA in parcel.tensors:
+        raise ValueError(f"no array may be called {METADATA}")
+    rows: dict[str, Any] = {METADATA: {META: json.dumps(dict(parcel.meta))}}
     end = 0
     order = sorted(parcel.tensors, key=lambda name: (-size_of(parcel.tensors[name].dtype), name))
     for name in order:
@@ -134,11 +143,14 @@ def read_parcel(fd: int) -> Parcel:
     with TensorFile(fd) as file:
         rows = json.loads(file.header)
         try:
-            meta = json.loads(rows["__metadata__"][META])
-        except (KeyError, TypeError, ValueError) as error:
+            meta = json.loads(rows[METADATA][META])
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"a parcel has no meta data: {type(error).__name__}") from error
         if type(meta) is not dict:
             raise ValueError("a parcel's meta data must be a JSON object")
+        told = sum(entry.end - entry.start for entry in file.entries.values())
+        if told > file.nbytes:  # the same bytes many times would be more in memory than whoever sent them had
+            raise ValueError(f"a parcel's arrays overlap: they are {told} bytes, and it has {file.nbytes}")
         tensors = {}
         for name, entry in file.entries.items():
             data = np.empty(entry.end - entry.start, np.uint8)

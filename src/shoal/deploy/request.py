@@ -74,6 +74,8 @@ class Request:
         for name in ("attempt", "number", "round", "rounds", "proximal", "seconds", "seed"):
             if not getattr(self, name) >= 0:  # nor NaN
                 raise ValueError(f"{name} is {getattr(self, name)!r:.40}, and must be ≥ 0")
+        if min(self.clients.values(), default=0) < 0:
+            raise ValueError(f"clients has {min(self.clients.values())!r:.40}, and they are counted from 0")
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON."""
@@ -113,7 +115,10 @@ def _checked(name: str, value: Any, kind: str) -> Any:
         good = type(value) is wanted and not (wanted is str and len(str(value)) > LARGEST)
     if not good:
         raise ValueError(f"field {name} is {value!r:.60}, and must be of kind {kind}")
-    return float(value) if kind == "float" else value
+    try:
+        return float(value) if kind == "float" else value
+    except OverflowError as error:
+        raise ValueError(f"field {name} is {value!r:.60}, and too large") from error
 
 
 def _is_table(value: Any, of: type) -> bool:

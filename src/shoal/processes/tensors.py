@@ -91,7 +91,7 @@ def write_tensors(tree: Params) -> int:
             file.write(len(header).to_bytes(PREFIX, "little"))
             file.write(header)
             for name in entries:
-                file.write(_as_bytes(tree[name]).data)
+                file.write(as_bytes(tree[name]).data)
     except BaseException:
         os.close(fd)
         raise
@@ -104,7 +104,7 @@ def plan(tree: Params) -> dict[str, Entry]:
     Raises:
         TypeError: An array's dtype has no place in the format.
     """
-    kinds = {name: _dtype_name(array) for name, array in tree.items()}
+    kinds = {name: dtype_name(array) for name, array in tree.items()}
     for name, kind in kinds.items():
         if kind not in CODES:
             raise TypeError(f"{name} has dtype {kind}, which safetensors does not know")
@@ -219,7 +219,7 @@ def entries_of(header: bytes, size: int) -> dict[str, Entry]:
             for name, row in rows.items()
             if name != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"shared memory has no header of safetensors: {type(error).__name__}: {error}") from error
     for name, entry in entries.items():
         wanted = math.prod(entry.shape) * size_of(entry.dtype)
@@ -261,18 +261,21 @@ def anonymous_file(name: str) -> int:
     return fd
 
 
-def _as_bytes(array: Array) -> np.ndarray:
+def as_bytes(array: Array) -> np.ndarray:
     """Returns the elements of an array as bytes, on the CPU."""
     if isinstance(array, np.ndarray | np.generic):
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     import torch
 
+    if not array.numel():  # of which torch takes some for not contiguous
+        return np.empty(0, np.uint8)
     flat = array.detach().cpu().contiguous().reshape(-1)
     found: np.ndarray = flat.view(torch.uint8).numpy()
     return found
 
 
-def _dtype_name(array: Any) -> str:
+def dtype_name(array: Any) -> str:
+    """Returns an array's dtype, by the frameworks' name."""
     return str(array.dtype).removeprefix("torch.")
 
 
