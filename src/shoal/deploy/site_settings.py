@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,12 @@ from shoal.errors import ConfigurationError, unknown_name
 
 SETTINGS = "site.toml"
 """The file in a site's folder."""
+
+JOB = "job.json"
+"""The file that the folder of an exported job has."""
+
+LARGEST = 10**9
+"""The largest limit: as seconds, what the system can wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +39,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if type(value) not in (int, float) or not value > 0:
-                raise ConfigurationError(f"limits.{name} must be a number > 0, not {value!r}")
+            if type(value) not in (int, float) or not 0 < value <= LARGEST:
+                raise ConfigurationError(f"limits.{name} must be a number > 0 and ≤ {LARGEST:,}, not {value!r:.40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +109,15 @@ class SiteSettings:
         except ValueError as error:
             raise ConfigurationError(f"{path} is no TOML: {error}") from error
         _refuse_unknown(told, ("name", "limits", "experiments"), str(path))
-        limits = told.get("limits", {})
+        if "name" not in told:
+            raise ConfigurationError(f'{path} has no name: add name = "site-1", as the server\'s experiment calls it')
+        limits = _table(told.get("limits", {}), f"[limits] of {path}")
         _refuse_unknown(limits, tuple(item.name for item in dataclasses.fields(Limits)), f"[limits] of {path}")
-        experiments = told.get("experiments", {})
+        experiments = _table(told.get("experiments", {}), f"[experiments] of {path}")
         if not experiments:
             raise ConfigurationError(f"{path} allows no experiment: add [experiments.NAME] for each that may run here")
         return cls(
-            name=str(told.get("name", "")),
+            name=str(told["name"]),
             allowed={name: _allowed(name, table, path) for name, table in experiments.items()},
             limits=Limits(**limits),
         )
@@ -122,10 +131,44 @@ def _allowed(name: str, table: Any, path: Path) -> Allowed:
     settings = table.get("settings", [])
     if isinstance(settings, str):
         settings = [settings]
-    source = str(table.get("source", name))
-    if source.endswith(".py") or "/" in source:  # a path is meant from where the file is
-        source = str((path.parent / source).resolve())
+    source = table.get("source", name)
+    _check(table | {"settings": settings, "source": source}, f"[experiments.{name}] of {path}")
+    beside = path.parent / source
+    if source.endswith(".py") or "/" in source or (beside / JOB).is_file():  # a path is meant from where the file is
+        source = str(beside.resolve())
     return Allowed(**{**table, "name": name, "source": source, "settings": tuple(settings)})
+
+
+def _check(table: Mapping[str, Any], where: str) -> None:
+    """Refuses values of a kind that they cannot have."""
+    wanted: dict[str, tuple[str, Callable[[Any], object]]] = {
+        "source": ("a text", lambda value: isinstance(value, str) and value),
+        "settings": ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+        "devices": ("a number ≥ 1, or a list of devices", _is_devices),
+        "accelerator": ("auto, cpu or cuda", lambda value: value in ("auto", "cpu", "cuda")),
+        "config": ("a table", lambda value: isinstance(value, dict)),
+        "same_version": ("true or false", lambda value: isinstance(value, bool)),
+    }
+    for key, value in table.items():
+        kind, good = wanted[key]
+        if not good(value):
+            raise ConfigurationError(f"{key} in {where} must be {kind}, not {value!r:.60}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_devices(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(type(each) is int and each >= 0 for each in value)
+    return type(value) is int and value >= 1
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigurationError(f"{where} must be a table, not {value!r:.60}")
+    return value
 
 
 def _refuse_unknown(table: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -156,4 +199,5 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{_toml(str(key))} = {_toml(each)}" for key, each in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(each) for each in value) + "]"
-    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    # A text is in TOML what it is in JSON, but for one character more that must be escaped.
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
