@@ -72,6 +72,7 @@ def norm(tensor: RawTensor) -> float | None:
         piece = flat[start : start + PIECE]
         if tensor.dtype == "bfloat16":  # the upper half of a float32
             piece = (piece.astype(np.uint32) << 16).view(np.float32)
-        wide = piece.astype(np.float64)
-        total += float(wide @ wide)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is told as None
+            wide = piece.astype(np.float64)
+            total += float(wide @ wide)
     return math.sqrt(total) if math.isfinite(total) else None

@@ -7,10 +7,10 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_request import anything, brief, names
 
 from shoal.deploy.answer import LARGEST_ERROR, METRICS, Answer
 from shoal.deploy.request import PROTOCOL
-from test_request import anything, names
 
 FIELDS = [item.name for item in dataclasses.fields(Answer)]
 
@@ -44,7 +44,7 @@ def test_whatever_comes_is_an_answer_or_refused(told):
     try:
         found = Answer.from_json({"protocol": PROTOCOL, **told})
     except ValueError as error:
-        assert len(str(error)) < 300
+        brief(error)
         return
     for name, kind in {"site": str, "number": int, "error": str, "refused": bool, "examples": float}.items():
         assert type(getattr(found, name)) is kind
