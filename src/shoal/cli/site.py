@@ -28,5 +28,7 @@ def site(
     try:
         print(f"shoal: {server.settings.name} is ready in {folder}", flush=True)
         server.serve()
+    except KeyboardInterrupt as error:
+        raise type(error)(f"{server.settings.name} has ended") from error
     finally:
         server.close()

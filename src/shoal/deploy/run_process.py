@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -57,6 +58,7 @@ class RunProcess:
         finally:
             other.close()
         self._log = log
+        self._stopped = False
 
     @property
     def pid(self) -> int:
@@ -86,19 +88,23 @@ class RunProcess:
             raise EngineError(f"the run's process at this site gave no answer within {within:g} s") from error
         except OSError:
             received = None
+        if self._stopped:
+            raise EngineError("the run's process at this site was stopped")
         if received is None or received[1] is None:
             raise EngineError(f"the run's process at this site {ending(self._wait())}; its log is {self._log.name}")
         return read_parcel(received[1])
 
     def stop(self) -> None:
-        """Ends it, and its ranks; without effect where that is done."""
+        """Ends it, and its ranks, whatever they are at; without effect where that is done."""
+        self._stopped = True
         with contextlib.suppress(OSError):
-            self._end.close()  # at which it ends by itself
+            self._end.shutdown(socket.SHUT_RDWR)  # who waits here for an answer is told, which closing does not do
+        self._end.close()  # at which it ends by itself
         sessions = [self._process.pid]
         until = time.monotonic() + LEAVE
         while self.alive and time.monotonic() < until:
             time.sleep(LOOK)
-        if self.alive:
+        if self.alive:  # its ranks end by themselves where it is gone
             for pid in in_sessions(sessions):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

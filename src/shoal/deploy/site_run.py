@@ -20,9 +20,16 @@ from shoal.errors import EngineError
 START = 360.0
 """Seconds that the first task of a process may take longer: it imports the experiment and starts the ranks."""
 
+MARGIN = 20.0
+"""Seconds beyond a task's own, in which the run's process may say by itself which rank is late, and where it is."""
+
+Task = tuple[Request, Parcel, Future[Parcel]]
+
 
 class SiteRun:
     """Runs the tasks of one run, one after the other; a task that was asked for before is answered as then.
+
+    Of the tasks that wait for their turn only the newest counts: the server has given up the others.
 
     Args:
         request: The first of the run.
@@ -46,8 +53,10 @@ class SiteRun:
         self._folder = folder
         self._process: RunProcess | None = None
         self._lock = threading.Lock()
+        self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shoal-run")
         self._last: tuple[tuple[int, int, str], Future[Parcel]] | None = None
+        self._next: Task | None = None
 
     @property
     def working(self) -> bool:
@@ -56,46 +65,80 @@ class SiteRun:
             return self._last is not None and not self._last[1].done()
 
     def ask(self, request: Request, parcel: Parcel) -> Future[Parcel]:
-        """Returns what will be the answer to a request."""
+        """Returns what will be the answer to a request. It is cancelled if a newer task comes before its turn does.
+
+        Raises:
+            EngineError: The run was closed.
+        """
         key = (request.attempt, request.number, request.kind)
         with self._lock:
+            if self._closed:
+                raise EngineError(f"run {self.run} has ended at this site")
             self.heard = time.monotonic()
             self.attempt = max(self.attempt, request.attempt)
             if self._last is None or self._last[0] != key or _failed(self._last[1]):
-                self._last = (key, self._pool.submit(self._work, request, parcel))
+                if self._next is not None:
+                    self._next[2].cancel()
+                future: Future[Parcel] = Future()
+                self._last, self._next = (key, future), (request, parcel, future)
+                self._pool.submit(self._take)
             return self._last[1]
+
+    def end(self, request: Request, parcel: Parcel) -> Future[Parcel] | None:
+        """Has the ranks end by themselves; returns None where they are to be ended at once instead.
+
+        That is so where they are at a task, whose reply the server does not want any more, or are not there.
+
+        Raises:
+            EngineError: The run was closed.
+        """
+        with self._lock:
+            last = self._last
+            at_a_task = last is not None and last[0][2] != "end" and not last[1].done()
+            if at_a_task or self._process is None:
+                return None
+        return self.ask(request, parcel)
 
     def idle(self, now: float) -> bool:
         """Tells whether nothing was heard of the run for as long as the site allows."""
         return not self.working and now - self.heard > self._limits.idle
 
     def close(self) -> None:
-        """Ends the run's process and its ranks."""
+        """Ends the run's process and its ranks; what is being worked at fails."""
+        with self._lock:
+            self._closed = True
+            process, self._process = self._process, None
+            waiting, self._next = self._next, None
+        if waiting is not None:
+            waiting[2].cancel()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        process, self._process = self._process, None
         if process is not None:
             process.stop()
 
+    def _take(self) -> None:
+        """Works at the newest task that waits."""
+        with self._lock:
+            task, self._next = self._next, None
+        if task is None or not task[2].set_running_or_notify_cancel():
+            return
+        request, parcel, future = task
+        try:
+            future.set_result(self._work(request, parcel))
+        except Exception as error:
+            future.set_exception(error)
+
     def _work(self, request: Request, parcel: Parcel) -> Parcel:
         started = time.monotonic()
-        within = self._limits.seconds
-        if self._process is not None and not self._process.alive:
-            self._process.stop()
-            self._process = None
-        if self._process is None:
-            self._process = RunProcess(
-                self._command, self._told(request), self._folder / "logs" / f"{self.run}.log", {}
-            )
-            within += START
+        process, within = self._ready(request)
         try:
-            answered = self._process.ask(parcel, within=within)
-        except EngineError:
-            process, self._process = self._process, None
-            if process is not None:
-                process.stop()
+            answered = process.ask(parcel, within=within)
+            answer = Answer.from_json(answered.meta)
+        except (EngineError, ValueError):
+            self._dismiss(process)
             raise
-        answer = Answer.from_json(answered.meta)
         if answer.error:
+            # It ends by itself, too; the next request is to find a new one, and no rank of this one.
+            self._dismiss(process)
             return answered
         if problem := self._problem(answered):
             return Parcel(meta=Answer(site=self._site, number=request.number, error=problem, refused=True).to_json())
@@ -103,6 +146,33 @@ class SiteRun:
         return Parcel(
             meta={**answered.meta, "seconds": answer.seconds or self.heard - started}, tensors=answered.tensors
         )
+
+    def _ready(self, request: Request) -> tuple[RunProcess, float]:
+        """Returns the run's process, and the seconds in which it must answer.
+
+        Raises:
+            EngineError: It cannot be started, or the run was closed.
+        """
+        with self._lock:
+            process = self._process
+        if process is not None and process.alive:
+            return process, self._limits.seconds + MARGIN
+        if process is not None:
+            self._dismiss(process)
+        process = RunProcess(self._command, self._told(request), self._folder / "logs" / f"{self.run}.log", {})
+        with self._lock:
+            closed = self._closed
+            self._process = None if closed else process
+        if closed:  # meanwhile
+            process.stop()
+            raise EngineError(f"run {self.run} has ended at this site")
+        return process, self._limits.seconds + MARGIN + START
+
+    def _dismiss(self, process: RunProcess) -> None:
+        with self._lock:
+            if self._process is process:
+                self._process = None
+        process.stop()
 
     def _told(self, request: Request) -> dict[str, Any]:
         """Returns what the run's process is told of the experiment."""

@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import IO
@@ -24,10 +24,10 @@ from shoal.deploy.parcel import Parcel, read_parcel, write_parcel
 from shoal.deploy.request import Request
 from shoal.deploy.site_run import START, SiteRun
 from shoal.deploy.site_settings import SiteSettings
-from shoal.errors import ConfigurationError, EngineError, ShoalError
+from shoal.errors import ConfigurationError, EngineError, ShoalError, StorageError
 from shoal.processes.messages import receive, send
 from shoal.processes.table import credentials
-from shoal.runs.files import write_json
+from shoal.runs.files import storing, write_json
 from shoal.sites.address import Address
 
 logger = logging.getLogger("shoal")
@@ -110,6 +110,18 @@ class SiteServer:
         finally:
             self._serving.release()
 
+    def _answered(self, parcel: Parcel) -> Parcel:
+        """Returns the answer to a request, whatever it is, and whatever goes wrong."""
+        try:
+            return self._allowed(parcel)
+        except StorageError as error:  # what cannot be recorded does not leave
+            logger.warning("%s", error)
+            said = str(error)
+        except Exception as error:
+            logger.exception("a request could not be served")
+            said = f"the site failed: {type(error).__name__}: {error}"
+        return Parcel(meta=Answer(site=self.settings.name, error=said).to_json())
+
     def _received(self, stream: socket.socket) -> Parcel | None:
         """Returns the request of somebody who knows the key."""
         stream.settimeout(INTRODUCTION)
@@ -134,8 +146,12 @@ class SiteServer:
         finally:
             os.close(fd)
 
-    def _answered(self, parcel: Parcel) -> Parcel:
-        """Returns the answer to a request, whatever it is; and records it."""
+    def _allowed(self, parcel: Parcel) -> Parcel:
+        """Returns the answer to a request, or the refusal; and records it.
+
+        Raises:
+            StorageError: It cannot be recorded.
+        """
         try:
             request = Request.from_json(parcel.meta)
         except ValueError as error:
@@ -148,6 +164,12 @@ class SiteServer:
         received = _in_background(lambda: summary(parcel.tensors))
         try:
             answer = self._worked(request, parcel)
+        except CancelledError:
+            answer = Parcel(
+                meta=Answer(
+                    site=self.settings.name, number=request.number, error="a newer task came before this one's turn did"
+                ).to_json()
+            )
         except (ShoalError, ValueError) as error:
             answer = Parcel(meta=Answer(site=self.settings.name, number=request.number, error=str(error)).to_json())
         if request.kind in ("train", "evaluate"):
@@ -159,6 +181,7 @@ class SiteServer:
 
         Raises:
             EngineError: The run's process has ended, or takes too long.
+            CancelledError: A newer task came before this one's turn did.
         """
         with self._runs:
             run = self._run
@@ -175,18 +198,24 @@ class SiteServer:
                 run = self._run = None
             if run is None and request.kind != "end":
                 run = self._run = self._begun(request)
-        if run is None:
-            return Parcel(meta=Answer(site=self.settings.name, number=request.number).to_json())
+            # Asked here, so that nobody ends the run as idle between.
+            asked = None if run is None else self._asked(run, request, parcel)
+        done = Parcel(meta=Answer(site=self.settings.name, number=request.number).to_json())
         try:
-            return self._asked(run, request, parcel)
+            return done if asked is None else self._waited(asked)
         finally:
-            if request.kind == "end":
+            if run is not None and request.kind == "end":
                 self._end(run)
 
-    def _asked(self, run: SiteRun, request: Request, parcel: Parcel) -> Parcel:
+    @staticmethod
+    def _asked(run: SiteRun, request: Request, parcel: Parcel) -> Future[Parcel] | None:
+        """Returns what will be the answer; None where the run is to be ended at once."""
+        return run.end(request, parcel) if request.kind == "end" else run.ask(request, parcel)
+
+    def _waited(self, asked: Future[Parcel]) -> Parcel:
         within = self.settings.limits.seconds + 2 * START
         try:
-            return run.ask(request, parcel).result(within)
+            return asked.result(within)
         except FutureTimeoutError as error:
             raise EngineError(f"the task was not done within {within:g} s") from error
 
@@ -194,7 +223,7 @@ class SiteServer:
         with self._runs:
             if self._run is run:
                 self._run = None
-        run.close()
+            run.close()  # before another run begins
 
     def _begun(self, request: Request) -> SiteRun:
         return SiteRun(
@@ -217,8 +246,9 @@ class SiteServer:
     def _beyond(self, request: Request, parcel: Parcel) -> str | None:
         """Says which limit of the site a request is beyond; None where it is within all."""
         limits = self.settings.limits
-        if request.clients and self.settings.name not in request.clients:
-            return f"the federation has no site {self.settings.name}; it has {', '.join(sorted(request.clients)[:8])}"
+        if self.settings.name not in request.clients and (request.clients or request.kind != "hello"):
+            names = ", ".join(sorted(request.clients)[:8]) or "none"
+            return f"the federation has no site {self.settings.name}; it has {names}"
         if max(request.round, request.rounds) > limits.rounds:
             return f"{max(request.round, request.rounds)} rounds were asked for, and it does at most {limits.rounds}"
         if parcel.nbytes > limits.megabytes * 1e6:
@@ -249,10 +279,13 @@ class SiteServer:
         )
 
     def _end_idle(self) -> None:
-        run = self._run
-        if run is not None and run.idle(time.monotonic()):
+        with self._runs:
+            run = self._run
+            if run is None or not run.idle(time.monotonic()):
+                return
+            self._run = None
             logger.info("nothing was heard of run %s for long: its processes are ended", run.run)
-            self._end(run)
+            run.close()  # before another run begins
 
 
 def _in_background(work: Callable[[], dict[str, object]]) -> Future[dict[str, object]]:
@@ -276,7 +309,8 @@ def _remove_old(folder: Path) -> None:
 
 def _locked(folder: Path) -> IO[bytes]:
     """Returns the file whose lock says that this process serves the folder."""
-    file = (folder / "lock").open("wb")
+    with storing(folder / "lock"):
+        file = (folder / "lock").open("wb")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

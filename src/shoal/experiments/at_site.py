@@ -11,14 +11,17 @@ import hashlib
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from shoal import trees
@@ -46,6 +49,9 @@ from shoal.types import Broadcast, LocalObjective, ModelState
 
 LOOK = 0.2
 """Seconds between two looks after the ranks while there is no task."""
+
+PATIENCE = 12.0
+"""Seconds in which it ends its ranks, where the site's own process is gone."""
 
 
 def digest(learner: Learner) -> str:
@@ -114,7 +120,7 @@ class SiteWork:
         if request.kind == "end":
             self.runner.finish()
             return self._said(request)
-        if misfits := self._misfit(parcel):
+        if misfits := self._misfit(request, parcel):
             return self._said(request, error=f"of the model that was sent {misfits}", refused=True)
         started = time.monotonic()
         work = _Task(request, _broadcast(request, parcel), self._client)
@@ -157,12 +163,12 @@ class SiteWork:
                 "to the same version, or say same_version = false in this site's site.toml"
             )
 
-    def _misfit(self, parcel: Parcel) -> str | None:
+    def _misfit(self, request: Request, parcel: Parcel) -> str | None:
         """Says how the arrays that were sent differ from the experiment's model; None where they do not."""
         if self._specs is None:  # the ranks start meanwhile
             self._specs = _specs(self._learner.init(0))
         spec = dict(self._specs["model"])
-        if any(name.startswith("correction/") for name in parcel.tensors):
+        if request.corrected:
             spec |= self._specs["correction"]
         return misfit(parcel.tensors, spec)
 
@@ -257,8 +263,29 @@ def serve(channel: socket.socket, told: Told) -> None:
             if failed is not None:
                 return  # the next request finds a new process
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is on its way out
         if work is not None:
             work.runner.close()
+
+
+def _watch(channel: socket.socket) -> None:
+    """Ends this process when the site's own is gone, also during a task: nobody waits for that any more."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLRDHUP)  # not what can be read: that is the main thread's
+        poll.poll()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(1)  # its ranks see that, and end
+
+    threading.Thread(target=watch, name="shoal-watch", daemon=True).start()
+
+
+def _end(_number: int, _frame: FrameType | None) -> None:
+    """Is the handler of SIGTERM: the ranks are ended on the way out."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(0)
 
 
 def _send(channel: socket.socket, answer: Parcel) -> None:
@@ -273,9 +300,11 @@ def main() -> None:
     """Is the process."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end)
     number, told = sys.argv[1:]
     with socket.socket(fileno=int(number)) as channel:
         channel.set_inheritable(False)
+        _watch(channel)
         serve(channel, Told(**json.loads(told)))
 
 
