@@ -11,7 +11,7 @@ from shoal.deploy.answer import Answer
 from shoal.deploy.parcel import Parcel
 from shoal.deploy.roster import Roster
 from shoal.deploy.wire import Wire
-from shoal.errors import ClientError, ConfigurationError, SiteError
+from shoal.errors import ClientError, ConfigurationError, EngineError, SiteError
 from shoal.sites.policy import SitePolicy
 
 logger = logging.getLogger("shoal")
@@ -43,6 +43,12 @@ class _Asked:
     """When it is asked again."""
     pause: float = AGAIN
     """Seconds from one message to the next."""
+    lost: int = 0
+    """How many messages to it were lost one after the other."""
+    lost_since: float = 0.0
+    """When the first of those was."""
+    lost_last: float = 0.0
+    """When the last one was."""
     failures: int = 0
     """How often it said that it failed."""
     said: str = ""
@@ -123,30 +129,36 @@ class Asking:
             return
         asked = self._waiting[name]
         asked.ticket = None
-        try:
-            said = (
-                Answer(error=str(answer), away=True) if isinstance(answer, Exception) else Answer.from_json(answer.meta)
-            )
-        except ValueError as error:
-            said = Answer(error=f"its answer makes no sense: {error}")
-        if said.away or said.busy:
-            self._put_off(name, asked, said)
+        if isinstance(answer, Exception):  # the message or its answer was lost on the way
+            self._lost(name, asked, answer)
             return
-        asked.away = None
-        if said.error:
-            yield from self._failed(name, asked, said)
-        elif said.number == self.number and isinstance(answer, Parcel):
-            yield self._waiting.pop(name).client, answer, None
+        try:
+            said = Answer.from_json(answer.meta)
+        except ValueError as error:
+            said = Answer(site=name, number=self.number, error=f"its answer cannot be read: {error}")
+        if said.away:
+            self._lost(name, asked, EngineError(said.error))
+            return
+        asked.lost = 0
+        if not said.error:
+            if said.number == self.number:
+                yield self._waiting.pop(name).client, answer, None
+            return
+        if said.busy:
+            asked.said = said.error
+            asked.next = time.monotonic() + BUSY
+            return
+        yield from self._failed(name, asked, said)
 
-    def _put_off(self, name: str, asked: _Asked, said: Answer) -> None:
-        """Has a site be asked again in a while."""
+    def _lost(self, name: str, asked: _Asked, error: Exception) -> None:
+        """Takes note that a message did not get through, or its answer."""
         now = time.monotonic()
-        if asked.said != said.error:
-            logger.warning("%s: %s", name, said.error)
-        asked.said = said.error
-        asked.next, asked.pause = now + BUSY, AGAIN
-        if said.away and asked.away is None:
-            asked.away = now
+        if now - asked.lost_last > 3 * BUSY:
+            asked.lost, asked.lost_since = 0, now
+        asked.lost, asked.lost_last = asked.lost + 1, now
+        asked.said = str(error)
+        asked.next = min(asked.next, now + BUSY)
+        logger.warning("%s: %s", name, error)
 
     def _failed(self, name: str, asked: _Asked, said: Answer) -> Iterator[Outcome]:
         """Deals with a site that says that it failed, as the policy says."""
@@ -157,11 +169,18 @@ class Asking:
         if self.policy.on_failure == "restart" and asked.failures <= self.policy.max_restarts:
             logger.warning("%s; asking it again (%d of at most %d)", error, asked.failures, self.policy.max_restarts)
             asked.next = 0.0
-        elif self.policy.on_failure == "continue" and self.lenient:
-            del self._waiting[name]
-            yield asked.client, None, error
         else:
+            yield self._left_out(name, error)
+
+    def _left_out(self, name: str, error: SiteError) -> Outcome:
+        """Leaves a site out that failed, if the policy allows for it.
+
+        Raises:
+            SiteError: It does not.
+        """
+        if self.policy.on_failure != "continue" or not self.lenient:
             raise error
+        return self._waiting.pop(name).client, None, error
 
     def _judged(self, started: float, replies: int) -> Iterator[Outcome]:
         """Yields the sites that are left out from this round.
@@ -174,19 +193,29 @@ class Asking:
         enough = self.lenient and replies >= self.policy.min_sites
         late = self.policy.deadline is not None and passed > self.policy.deadline
         for name, asked in list(self._waiting.items()):
-            gone = self._gone(name, asked)
-            if enough and (gone is not None or late):
+            gone = self._gone_since(name, asked, started)
+            if enough and (late or gone is not None):
                 del self._waiting[name]
-                why = "it is gone" if gone is not None else f"no reply within {self.policy.deadline:g} s"
+                why = f"no reply within {self.policy.deadline:g} s" if gone is None else "it is gone"
                 yield asked.client, None, ClientError(f"{why}; what it sends later is thrown away")
-            elif gone is not None and now - max(gone, started) > self.policy.waits.start:
-                last = f": {asked.said}" if asked.said else ""
-                raise SiteError(f"{name} is gone, and did not come back within {self.policy.waits.start:g} s{last}")
+            elif gone is not None and now - gone > self.policy.waits.start:
+                what = f"is gone, and did not come back within {self.policy.waits.start:g} s"
+                yield self._left_out(name, SiteError(f"{name} {what}{_last(asked)}"))
             elif passed > self.within + (self.policy.waits.start if asked.said else 0.0):
-                last = f"; it said last: {asked.said}" if asked.said else ""
-                raise SiteError(f"{name} gave no answer within {self.within:g} s{last}")
+                yield self._left_out(name, SiteError(f"{name} gave no answer within {self.within:g} s{_last(asked)}"))
 
-    def _gone(self, name: str, asked: _Asked) -> float | None:
-        """Returns since when a site is not there; None where it is."""
+    def _gone_since(self, name: str, asked: _Asked, started: float) -> float | None:
+        """Returns since when a site is gone; None while it is there.
+
+        It is, too, where what carries the messages is there and its own process is not: one message may be lost on the
+        way, and not two in a row.
+        """
         member = self.roster.members[name]
-        return member.since if member.address is None else asked.away
+        if member.address is None:
+            return max(member.since, started)
+        lost = asked.lost > 1 and time.monotonic() - asked.lost_last < 3 * BUSY
+        return asked.lost_since if lost else None
+
+
+def _last(asked: _Asked) -> str:
+    return f"; last was said: {asked.said}" if asked.said else ""

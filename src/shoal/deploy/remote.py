@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +22,7 @@ from shoal.deploy.roster import Roster, in_order
 from shoal.deploy.spool import spooled
 from shoal.deploy.wire import Wire
 from shoal.engine import ClientResult, ClientTask
-from shoal.errors import ClientError, ConfigurationError, SiteError
+from shoal.errors import ClientError, ConfigurationError, ShoalError, SiteError
 from shoal.learners.base import Learner
 from shoal.learners.script import ties_of
 from shoal.runs.files import storing, write_json
@@ -91,10 +93,13 @@ class RemoteEngine:
                 f"make it {len(names)} clients"
             )
         self._clients = {name: client for client, name in enumerate(names)}
+        roster.begin(list(names))
         for client, answer, problem in self._ask(self._request("hello"), {}, self._here(), self.policy.waits.start):
+            name = self._name_of(client)
             if answer is None:
-                raise problem or SiteError(f"{self._name_of(client)} did not make ready")
-            roster.members[self._name_of(client)].evaluates = Answer.from_json(answer.meta).evaluates
+                logger.warning("%s did not make ready: %s", name, problem)
+                continue
+            roster.members[name].evaluates = Answer.from_json(answer.meta).evaluates
 
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Yields what each site replies, as the replies come."""
@@ -121,12 +126,16 @@ class RemoteEngine:
 
     def finish(self) -> None:
         """Tells the sites that the federation is over, and waits for their scripts to end by themselves."""
-        request = self._request("end")
         patient = self.policy.waits.finish
-        for client, answer, problem in self._ask(request, {}, self._here(), patient, lenient=True):
-            said = Answer.from_json(answer.meta).error if answer is not None else str(problem)
-            if said:
-                logger.warning("after the last round, %s: %s", self._name_of(client), said)
+        policy = replace(self.policy, on_failure="continue", min_sites=0, deadline=patient)
+        try:
+            for client, answer, problem in self._ask(
+                self._request("end"), {}, self._here(), patient, lenient=True, policy=policy
+            ):
+                if answer is None:
+                    logger.warning("after the last round, %s: %s", self._name_of(client), problem)
+        except ShoalError as error:  # the federation is done, and its model written
+            logger.warning("after the last round, the sites could not be told of the end: %s", error)
         self._clients = {}
 
     def measure(self, learner: Learner, model: ModelState, round: int) -> dict[int, tuple[float, Mapping[str, float]]]:
@@ -161,7 +170,7 @@ class RemoteEngine:
         path = folder / SITES
         told = {"run": self.run_name, "attempt": self.attempt, "clients": self._clients}
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))["clients"]
+            before = read_sites(path)["clients"]
             if before != self._clients:
                 raise ConfigurationError(
                     f"this run was begun with the sites {', '.join(before)}, and {', '.join(self._clients)} are there"
@@ -202,6 +211,7 @@ class RemoteEngine:
         within: float,
         *,
         lenient: bool = False,
+        policy: SitePolicy | None = None,
     ) -> Iterator[tuple[int, Parcel | None, Exception | None]]:
         """Asks sites, and yields each one's answer, or why there is none.
 
@@ -217,7 +227,7 @@ class RemoteEngine:
             parcel,
             {self._name_of(client): client for client in clients},
             number=self._number,
-            policy=self.policy,
+            policy=policy or self.policy,
             within=within,
             lenient=lenient or self.policy.min_sites < len(clients),
         )
@@ -226,15 +236,12 @@ class RemoteEngine:
     def _result(self, client: int, answer: Parcel, work: SiteTask) -> ClientResult:
         said = Answer.from_json(answer.meta)
         self.seconds[client] = said.seconds
-        if not said.examples > 0:
+        self._opened().members[self._name_of(client)].evaluates = said.evaluates
+        if not 0 < said.examples < math.inf:
             return ClientResult(client=client, error=ClientError(f"it replied with {said.examples:g} examples"))
-        reply = Reply(
-            task=said.number,
-            examples=said.examples,
-            metrics=said.metrics,
-            tree=said.tree,
-            file=spooled(answer) if said.tree else None,
-        )
+        with storing(Path(tempfile.gettempdir())):
+            file = spooled(answer) if said.tree else None
+        reply = Reply(task=said.number, examples=said.examples, metrics=said.metrics, tree=said.tree, file=file)
         self._kept.append(reply)
         if problem := work.problem(reply):
             return ClientResult(client=client, error=SiteError(f"{self._name_of(client)}: {problem}"))
@@ -273,6 +280,19 @@ class RemoteEngine:
         if self._roster is None:
             raise ConfigurationError(f"engine {self.name!r} is not open")
         return self._roster
+
+
+def read_sites(path: Path) -> dict[str, Any]:
+    """Returns what :meth:`RemoteEngine.keep_logs` has written: the run's name, the attempt, and the clients by name.
+
+    Raises:
+        ConfigurationError: It cannot be read.
+    """
+    try:
+        told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {"run": str(told["run"]), "attempt": int(told["attempt"]), "clients": dict(told["clients"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(f"{path} does not say which sites the run has: {error}") from error
 
 
 def _told(broadcast: Broadcast) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class Roster:
         self._wire = wire
         self._hello = Parcel(meta=hello)
         self._names = names
+        self._begun = False
         self.members: dict[str, Member] = {name: Member(name) for name in names or ()}
         """The sites by name."""
         self._asked: dict[str, tuple[str, float]] = {}  # ticket and time by address
@@ -81,11 +82,16 @@ class Roster:
             self._wire.forget([self._asked[one][0] for one in ask if one in self._asked])
             self._asked |= {address: (ticket, now) for address, ticket in self._wire.send(ask, self._hello).items()}
 
+    def begin(self, names: Sequence[str]) -> None:
+        """Says which sites the federation has: it has begun, and nobody who comes later is to disturb it."""
+        self._names, self._begun = names, True
+        self.members |= {name: Member(name) for name in names if name not in self.members}
+
     def take(self, ticket: str, answer: Parcel | Exception) -> bool:
         """Takes the answer to a hello; returns whether it is one.
 
         Raises:
-            ConfigurationError: A site will not take part.
+            ConfigurationError: A site will not take part, and the federation has not begun.
         """
         address = next((one for one, (asked, _) in self._asked.items() if asked == ticket), None)
         if address is None:
@@ -95,27 +101,51 @@ class Roster:
         try:
             said = Answer.from_json(answer.meta)
         except ValueError as error:
-            said = Answer(error=f"its answer makes no sense: {error}", refused=True)
-        if said.refused:
-            raise ConfigurationError(f"{said.site or address} refuses: {said.error}")
-        if said.error:
-            logger.warning("%s: %s", said.site or address, said.error)
+            self._refused(f"what {address} answers cannot be read: {error}", address)
             return True
-        del self._asked[address]
-        self._welcome(said.site, address)
+        if said.refused and not self._wants(said.site):
+            self._ignore(address, f"site {said.site or address} is there, and has no part in this federation")
+        elif said.refused:
+            self._refused(f"{said.site or address} refuses: {said.error}", address)
+        elif said.error:
+            logger.warning("%s: %s", said.site or address, said.error)
+        elif not said.site:
+            self._refused(f"{address} says no name of a site", address)
+        else:
+            self._welcome(said.site, address)
         return True
 
     def _welcome(self, name: str, address: str) -> None:
-        if self._names is not None and name not in self._names:
-            logger.warning("site %s is there, and has no part in this federation of %s", name, ", ".join(self._names))
-            self._strange.add(address)
+        if not self._wants(name):
+            names = ", ".join(self._names or ())
+            self._ignore(address, f"site {name} is there, and has no part in this federation of {names}")
             return
         member = self.members.setdefault(name, Member(name))
         if member.address is not None and member.address != address:
-            raise ConfigurationError(f"two sites are called {name}: give each a name of its own in its site.toml")
+            twice = f"two sites are called {name}: give each a name of its own in its site.toml"
+            if not self._begun:
+                raise ConfigurationError(twice)
+            # Its client may have come back before the wire knows that it was gone: it is asked again.
+            logger.warning("%s; the second one is left out while the first is there", twice)
+            return
+        del self._asked[address]
         member.address, member.since = address, time.monotonic()
         self._known[address] = name
         logger.info("%s is there", name)
+
+    def _refused(self, why: str, address: str) -> None:
+        """Stops a federation that has not begun, or ignores an address."""
+        if not self._begun:
+            raise ConfigurationError(why)
+        self._ignore(address, why)
+
+    def _ignore(self, address: str, why: str) -> None:
+        logger.warning("%s", why)
+        self._asked.pop(address, None)
+        self._strange.add(address)
+
+    def _wants(self, name: str) -> bool:
+        return self._names is None or name in self._names
 
     def _due(self, address: str, now: float) -> bool:
         return address not in self._asked or now - self._asked[address][1] > AGAIN

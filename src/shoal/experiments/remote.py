@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from shoal.data import Population
 from shoal.deploy.order import Order
-from shoal.deploy.remote import SITES, RemoteEngine
+from shoal.deploy.remote import SITES, RemoteEngine, read_sites
 from shoal.deploy.wire import Wire
 from shoal.engines import SitesEngine
 from shoal.errors import ConfigurationError
@@ -77,5 +76,5 @@ def _begun(folder: Path) -> tuple[str, int]:
     path = folder / SITE_LOGS / SITES
     if not path.exists():  # it ended before its first round
         return secrets.token_hex(8), 0
-    told = json.loads(path.read_text(encoding="utf-8"))
-    return str(told["run"]), int(told["attempt"]) + 1
+    told = read_sites(path)
+    return told["run"], told["attempt"] + 1
