@@ -19,6 +19,8 @@ from shoal.runs.files import write_json
 PROCESSES = "processes.json"
 """The file in the folder that names them."""
 
+BOOT = Path("/proc/sys/kernel/random/boot_id")
+
 LOOK = 0.1
 """Seconds between two looks at whether they have ended."""
 
@@ -56,6 +58,8 @@ class StartedProcesses:
         told = self._told()
         if name in told and _lives(told[name]):
             raise ConfigurationError(f"{name} of {self.folder} runs already, as process {told[name]['pid']}")
+        if name in told:  # what it has left behind would be forgotten
+            _end_session(told[name])
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -71,7 +75,9 @@ class StartedProcesses:
                 )
         except OSError as error:
             raise ConfigurationError(f"{name} cannot be started: {command[0]}: {error}") from error
-        told[name] = {"pid": process.pid, "began": _began(process.pid), "command": list(command)}
+        told[name] = {
+            "pid": process.pid, "began": _began(process.pid), "boot": _boot(), "command": list(command)
+        }  # fmt: skip
         write_json(self.folder / PROCESSES, told)
         return process.pid
 
@@ -93,7 +99,7 @@ class StartedProcesses:
 
     def pids(self) -> dict[str, int]:
         """Returns the process ids by name."""
-        return {name: int(entry["pid"]) for name, entry in self._told().items()}
+        return {name: entry["pid"] for name, entry in self._told().items()}
 
     def stop(self, *, within: float = 20.0) -> list[str]:
         """Ends all of them and all in their sessions: the newest first, by request, and then by force.
@@ -107,24 +113,26 @@ class StartedProcesses:
         killed = []
         for name, entry in reversed(self._told().items()):
             if not _lives(entry):
-                _end_session(int(entry["pid"]), signal.SIGKILL, began=entry["began"])
+                _end_session(entry)
                 continue
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(entry["pid"]), signal.SIGTERM)
+                os.kill(entry["pid"], signal.SIGTERM)
             if not _ends(entry, within):
                 killed.append(name)
-            _end_session(int(entry["pid"]), signal.SIGKILL, began=entry["began"])
+            _end_session(entry)
         (self.folder / PROCESSES).unlink(missing_ok=True)
         return killed
 
     def _told(self) -> dict[str, Any]:
         try:
-            told: dict[str, Any] = json.loads((self.folder / PROCESSES).read_text(encoding="utf-8"))
+            told = json.loads((self.folder / PROCESSES).read_text(encoding="utf-8"))
+            return {
+                name: {**entry, "pid": int(entry["pid"]), "began": int(entry["began"])} for name, entry in told.items()
+            }
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"{self.folder / PROCESSES} cannot be read: {error}") from error
-        return told
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigurationError(f"{self.folder / PROCESSES} cannot be read: {error!r}") from error
 
 
 def _began(pid: int) -> int:
@@ -138,10 +146,15 @@ def _began(pid: int) -> int:
     return 0 if fields[0] in "ZX" else int(fields[19])
 
 
+def _boot() -> str:
+    """Returns what tells one start of the system from the next: after it, all numbers are others'."""
+    return BOOT.read_text(encoding="utf-8").strip() if BOOT.exists() else ""
+
+
 def _lives(entry: Mapping[str, Any]) -> bool:
     """Tells whether a process has not ended; another that has got its number since is not it."""
-    began = _began(int(entry["pid"]))
-    return began != 0 and began == int(entry["began"])
+    began = _began(entry["pid"])
+    return began != 0 and began == entry["began"] and entry.get("boot") == _boot()
 
 
 def _ends(entry: Mapping[str, Any], within: float) -> bool:
@@ -153,13 +166,13 @@ def _ends(entry: Mapping[str, Any], within: float) -> bool:
     return True
 
 
-def _end_session(pid: int, number: int, *, began: int) -> None:
+def _end_session(entry: Mapping[str, Any]) -> None:
     """Kills what is left of a session, unless its number is another's by now."""
-    if _began(pid) not in (0, began):
+    if _began(entry["pid"]) not in (0, entry["began"]) or entry.get("boot") != _boot():
         return
     until = time.monotonic() + FORCE
-    while (left := in_sessions([pid])) and time.monotonic() < until:
+    while (left := in_sessions([entry["pid"]])) and time.monotonic() < until:
         for one in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(one, number)
+                os.kill(one, signal.SIGKILL)
         time.sleep(LOOK)
