@@ -31,6 +31,15 @@ __all__ = ["client_app", "make_server_app", "server_app"]
 SITE = "shoal-site"
 """The key in a SuperNode's configuration: the folder of the site."""
 
+WIDTH = 140
+"""Characters of a line in the run's log."""
+
+SECONDS = "seconds"
+"""Where a request says how long the server waits for its answer."""
+
+LATE = 60.0
+"""Seconds after that time in which a site may still answer, as the server's may have begun later."""
+
 SPARE = 5.0
 """Seconds before a message ends in which its reply must be on its way."""
 
@@ -44,16 +53,21 @@ def make_server_app(folder: Path) -> Any:
     app = ServerApp()
 
     def main(grid: Any, context: Any) -> None:
+        from rich.console import Console
+
         from shoal.deploy.flower_server import serve
         from shoal.deploy.flower_wire import FlowerWire
         from shoal.deploy.order import Order
         from shoal.experiments.remote import run_over
         from shoal.federation import Progress
 
-        def run(order: Order) -> None:
-            run_over(FlowerWire(grid), order, [Progress()])
-
-        serve(context.run_config, folder, Order.from_json, run)
+        console = Console(width=WIDTH, highlight=False, force_terminal=False)  # a log's, which Flower carries by lines
+        serve(
+            context.run_config,
+            folder,
+            Order.from_json,
+            lambda order: run_over(FlowerWire(grid), order, (Progress(console),)),
+        )
 
     app.main()(main)
     return app
@@ -62,7 +76,8 @@ def make_server_app(folder: Path) -> Any:
 def _answer(message: Any, context: Any) -> Any:
     """Brings a message to the site's own process, and returns the reply; a failure is one that says so."""
     try:
-        answer = forward(parcel_of(message.content), _site(context), within=_left(message))
+        parcel = parcel_of(message.content)
+        answer = forward(parcel, _site(context), within=_left(message, parcel))
     except (ShoalError, OSError, ValueError) as error:
         answer = Parcel(meta={"error": str(error)})
     except Exception as error:  # Flower would send its kind alone
@@ -80,10 +95,12 @@ def _site(context: Any) -> Path:
     return Path(folder)
 
 
-def _left(message: Any) -> float:
-    """Returns the seconds in which Flower still takes a reply to a message."""
+def _left(message: Any, parcel: Parcel) -> float:
+    """Returns the seconds in which somebody waits for the answer: meanwhile this SuperNode does nothing else."""
     told = message.metadata
-    return max(float(told.created_at + told.ttl - time.time()) - SPARE, 1.0)
+    left = float(told.created_at + told.ttl - time.time()) - SPARE
+    wanted = parcel.meta.get(SECONDS)
+    return max(min(left, float(wanted) + LATE) if isinstance(wanted, int | float) else left, 1.0)
 
 
 server_app = make_server_app(Path())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.deploy.certificates import ServerCertificates, write_node_key, write_server_certificates
-from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, last_lines, toml_string, tool
+from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, toml_string, tool
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
 from shoal.processes.table import marked
@@ -67,36 +67,31 @@ def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[
     started = StartedProcesses(folder)
     if running := sorted(name for name, lives in started.alive().items() if lives):
         raise ConfigurationError(
-            f"a deployment runs in {folder} ({', '.join(running)}): end it with `shoal deploy down {folder}` first"
+            f"a deployment runs in {folder} ({', '.join(running)}): end it with `shoal deploy down` first"
         )
     local = _Local(folder, started, until)
     try:
         local.start(sites, site_commands)
     except BaseException:
-        started.stop(within=STOP)
-        sweep(folder, within=STOP)
+        down(folder, within=STOP)
         raise
 
 
-def down(folder: Path, *, within: float) -> None:
-    """Ends all processes of a deployment.
-
-    Args:
-        folder: Its folder.
-        within: Seconds that each has to end by itself.
-    """
-    StartedProcesses(folder).stop(within=within)
-    sweep(folder, within=STOP)
-
-
-def sweep(folder: Path, *, within: float) -> None:
-    """Ends what Flower's processes have started in sessions of their own, once those processes have ended.
-
-    A SuperLink does so with what starts its ServerApps, which ends by itself when it finds the SuperLink gone.
+def down(folder: Path, *, within: float = STOP) -> None:
+    """Ends all processes of a deployment; what they wrote stays.
 
     Args:
         folder: The deployment's.
-        within: Seconds in which they may end by themselves, before they are killed.
+        within: Seconds in which each may end by itself, before it is killed.
+    """
+    StartedProcesses(folder).stop(within=within)
+    _sweep(folder, within=within)
+
+
+def _sweep(folder: Path, *, within: float) -> None:
+    """Ends what Flower's processes have started in sessions of their own, once those processes have ended.
+
+    A SuperLink does so with what starts its ServerApps, which ends by itself when it finds the SuperLink gone.
     """
     until = time.monotonic() + within
     mark = str(folder.resolve())
@@ -228,9 +223,7 @@ class _Local:
                 raise EngineError(f"{name} has ended; {self._said(name)}")
 
     def _said(self, name: str) -> str:
-        log = self._folder / "logs" / f"{name}.log"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        return f"the last lines of {log}:\n{last_lines(text)}"
+        return f"the last lines of {self._started.log(name)}:\n{self._started.last_lines(name) or '(nothing)'}"
 
 
 def free_ports(count: int) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +41,7 @@ class FlowerWire:
         self._grid = grid
         self._ttl = ttl
         self._waiting: list[str] = []
+        self._sent: dict[str, tuple[str, weakref.ref[Parcel], float]] = {}  # node, parcel and time by ticket
         self._uploaded: tuple[Mapping[str, RawTensor], Any] | None = None
         _bound_retries(grid, patience)
 
@@ -53,23 +56,17 @@ class FlowerWire:
     def send(self, to: Sequence[str], parcel: Parcel) -> Mapping[str, str]:
         """Sends a parcel to several SuperNodes; its tensors reach the SuperLink once.
 
+        The SuperLink keeps messages until they are fetched. So a parcel that a SuperNode has been sent before, and has
+        not answered, is not sent again unless that SuperNode was started anew since: it has the same ticket again.
+
         Raises:
             EngineError: The SuperLink is gone, has ended the run, or refuses the message.
         """
-        if not to:
-            return {}
-        content = records_of(parcel, self._arrays(parcel.tensors))
-        messages = [Message(content, int(node), MessageType.TRAIN, ttl=self._ttl) for node in to]
-        tickets = list(_asked("take a message", lambda: self._grid.push_messages(messages)))
-        if len(tickets) != len(to):
-            raise EngineError(
-                f"Flower did not take {len(to)} messages with one of {parcel.nbytes} bytes: they are more than it "
-                "allows in one request; the log of the run says why"
-            )
-        # One that Flower could not file has no number of its own, and nothing will ever come of it.
-        named = [ticket or f"lost-{node}-{time.monotonic_ns()}" for ticket, node in zip(tickets, to, strict=True)]
-        self._waiting += [ticket for ticket in named if not ticket.startswith("lost-")]
-        return dict(zip(to, named, strict=True))
+        tickets = self._under_way(to, parcel)
+        self._waiting += [ticket for ticket in tickets.values() if ticket not in self._waiting]
+        if new := [node for node in to if node not in tickets]:
+            tickets |= self._push(new, parcel)
+        return tickets
 
     def receive(self, seconds: float) -> Iterator[tuple[str, Parcel | Exception]]:
         """Yields the replies that have come; each is asked for by itself, so that one is in memory at a time.
@@ -87,6 +84,7 @@ class FlowerWire:
                 if answer is not None:
                     found = True
                     self._drop(ticket)
+                    self._sent.pop(ticket, None)
                     yield ticket, answer
             left = until - time.monotonic()
             if found or left <= 0:
@@ -94,9 +92,41 @@ class FlowerWire:
             time.sleep(min(ASK, left))
 
     def forget(self, tickets: Collection[str]) -> None:
-        """Asks for the replies of these tickets no more; Flower drops them with the run."""
+        """Asks for the replies of these tickets no more, unless the same parcel is sent again."""
         for ticket in tickets:
             self._drop(ticket)
+
+    def _push(self, to: Sequence[str], parcel: Parcel) -> dict[str, str]:
+        content = records_of(parcel, self._arrays(parcel.tensors))
+        messages = [Message(content, int(node), MessageType.TRAIN, ttl=self._ttl) for node in to]
+        pushed = list(_asked("take a message", lambda: self._grid.push_messages(messages)))
+        if len(pushed) != len(to):
+            raise EngineError(
+                f"Flower did not take {len(to)} messages with one of {parcel.nbytes} bytes: they are more than it "
+                "allows in one request; the log of the run says why"
+            )
+        now = time.time()
+        tickets = {}
+        for node, ticket in zip(to, pushed, strict=True):
+            # One that Flower could not file has no number of its own, and nothing will ever come of it.
+            tickets[node] = ticket or f"lost-{node}-{time.monotonic_ns()}"
+            for old in [old for old, (whose, _, _) in self._sent.items() if whose == node and old not in self._waiting]:
+                del self._sent[old]
+            if ticket:
+                self._waiting.append(ticket)
+                self._sent[ticket] = (node, weakref.ref(parcel), now)
+        return tickets
+
+    def _under_way(self, to: Sequence[str], parcel: Parcel) -> dict[str, str]:
+        """Returns the tickets of those who have this parcel already and will answer it."""
+        found = {
+            node: (ticket, at) for ticket, (node, sent, at) in self._sent.items() if node in to and sent() is parcel
+        }
+        if not found:
+            return {}
+        nodes = _asked("say which SuperNodes are online", lambda: list(self._grid.get_nodes()))
+        began = {str(node.node_id): _seconds(node.last_activated_at) for node in nodes}
+        return {node: ticket for node, (ticket, at) in found.items() if began.get(node, at + 1) < at}
 
     def _pulled(self, ticket: str) -> Parcel | Exception | None:
         for message in _asked("hand over a reply", lambda: self._grid.pull_messages([ticket])):
@@ -143,6 +173,14 @@ def _asked(what: str, call: Callable[[], Any]) -> Any:
         if not isinstance(error, Exception):
             raise
         raise EngineError(f"Flower's SuperLink did not {what}: {type(error).__name__}: {error}") from error
+
+
+def _seconds(stamp: str) -> float:
+    """Returns a time that Flower tells, in seconds since 1970; an endless one where it tells none."""
+    try:
+        return datetime.datetime.fromisoformat(stamp).timestamp()
+    except (TypeError, ValueError):
+        return float("inf")
 
 
 def _bound_retries(grid: Any, patience: float) -> None:

@@ -180,9 +180,11 @@ def test_the_client_brings_a_message_to_the_site(tmp_path: Path, monkeypatch: py
     answer = parcel_of(reply.content)
     assert answer.meta == {"was": {"n": 1}}
     assert bytes(answer.tensors["w"].data) == b"ab"
-    [(folder, within)] = called
+    shoal.flower.client_app(message(Parcel(meta={"seconds": 5})), context)
+    (folder, within), (_, asked) = called
     assert folder == tmp_path
     assert 80 < within < 100, "it waits for the site as long as Flower takes a reply"
+    assert asked == 65, "and no longer than the server does, and a little"
 
 
 def test_what_goes_wrong_at_the_site_is_the_reply(tmp_path: Path) -> None:

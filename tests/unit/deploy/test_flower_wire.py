@@ -45,9 +45,13 @@ class Grid:
         self.pulled: list[list[str]] = []
         self._retry_invoker = SimpleNamespace(max_time=None)
         self.refuses = False
+        self.activated = "2020-01-01T00:00:00+00:00"
 
     def get_node_ids(self) -> Iterable[int]:
         return [11, 12]
+
+    def get_nodes(self) -> Iterable[Any]:
+        return [SimpleNamespace(node_id=node, last_activated_at=self.activated) for node in (11, 12)]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str | None]:
         if self.refuses:
@@ -149,6 +153,32 @@ def test_a_forgotten_ticket_is_asked_for_no_more() -> None:
     wire.forget([tickets["11"], "unknown"])
     assert list(wire.receive(0.0)) == []
     assert grid.pulled == [[tickets["12"]]]
+
+
+def test_a_parcel_that_is_under_way_is_not_sent_again() -> None:
+    grid = Grid()
+    wire = FlowerWire(grid)
+    parcel = Parcel(meta={"n": 1})
+    first = wire.send(["11", "12"], parcel)
+    wire.forget(list(first.values()))
+    assert wire.send(["11"], parcel) == {"11": first["11"]}
+    grid.answer(first["11"], Parcel(meta={"late": True}))
+    [(ticket, answer)] = wire.receive(0.0)
+    assert ticket == first["11"]
+    assert isinstance(answer, Parcel)
+    assert wire.send(["11"], parcel)["11"] != first["11"], "it was answered, and so is asked anew"
+    assert wire.send(["12"], Parcel(meta={"n": 1}))["12"] != first["12"], "it is another parcel"
+
+
+@pytest.mark.parametrize("activated", ["2100-01-01T00:00:00+00:00", ""])
+def test_a_supernode_that_was_started_anew_is_sent_it_again(activated: str) -> None:
+    grid = Grid()
+    wire = FlowerWire(grid)
+    parcel = Parcel(meta={"n": 1})
+    first = wire.send(["11"], parcel)
+    wire.forget(list(first.values()))
+    grid.activated = activated
+    assert wire.send(["11"], parcel) != first
 
 
 def test_flowers_errors_become_exceptions_with_its_words() -> None:
