@@ -40,7 +40,7 @@ STOPPED = 60.0
 DONE = "finished:completed"
 
 FLOWERS = re.compile(
-    r"\s*(\x1b\[\d+m)?\s*(DEBUG|INFO|WARNING|ERROR)\s*(\x1b\[0m)?\s*:|Successfully installed .* to |\s*$"
+    r"\s*(\x1b\[\d+m)?\s*(DEBUG|INFO|WARNING|ERROR)\s*(\x1b\[0m)?\s*:|Using SuperLink: |Successfully installed |\s*$"
 )
 """How lines begin that Flower's own processes write."""
 
