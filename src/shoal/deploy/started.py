@@ -8,18 +8,24 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import ConfigurationError
-from shoal.processes.table import in_sessions
+from shoal.processes.table import in_sessions, marked
 from shoal.runs.files import write_json
 
 PROCESSES = "processes.json"
 """The file in the folder that names them."""
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+
+MARK = "SHOAL_STARTED_FOR"
+"""The environment variable of all of them, and of all that they start, with the folder.
+
+NVFlare's jobs have sessions of their own, and are nobody's children once what started them has ended.
+"""
 
 LOOK = 0.1
 """Seconds between two looks at whether they have ended."""
@@ -69,7 +75,7 @@ class StartedProcesses:
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    env={**os.environ, **(env or {})},
+                    env={**os.environ, **(env or {}), MARK: self._mark},
                     cwd=cwd or self.folder,
                     start_new_session=True,
                 )
@@ -120,8 +126,13 @@ class StartedProcesses:
             if not _ends(entry, within):
                 killed.append(name)
             _end_session(entry)
+        _kill(lambda: marked(MARK, self._mark))
         (self.folder / PROCESSES).unlink(missing_ok=True)
         return killed
+
+    @property
+    def _mark(self) -> str:
+        return str(self.folder.resolve())
 
     def _told(self) -> dict[str, Any]:
         try:
@@ -170,8 +181,13 @@ def _end_session(entry: Mapping[str, Any]) -> None:
     """Kills what is left of a session, unless its number is another's by now."""
     if _began(entry["pid"]) not in (0, entry["began"]) or entry.get("boot") != _boot():
         return
+    _kill(lambda: in_sessions([entry["pid"]]))
+
+
+def _kill(found: Callable[[], list[int]]) -> None:
+    """Kills processes until there are none."""
     until = time.monotonic() + FORCE
-    while (left := in_sessions([entry["pid"]])) and time.monotonic() < until:
+    while (left := found()) and time.monotonic() < until:
         for one in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
