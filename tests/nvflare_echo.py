@@ -21,7 +21,7 @@ class EchoController(ShoalController):
         order = json.loads(text)
         folder.mkdir(parents=True)
         lines = []
-        print_line = callbacks[0]._print
+        say = callbacks[0]._print
         until = time.monotonic() + 60
         while len(wire.present()) < order["clients"]:
             if time.monotonic() > until:
@@ -33,8 +33,7 @@ class EchoController(ShoalController):
             begun = time.monotonic()
             array = np.arange(order["size"], dtype=np.float32) + turn
             parcel = Parcel(meta={"turn": turn, **order.get("meta", {})}, tensors={"w": raw(array)})
-            tickets = wire.send(sorted(wire.present()), parcel)
-            of = {ticket: name for name, ticket in tickets.items()}
+            of = {ticket: name for name, ticket in wire.send(sorted(wire.present()), parcel).items()}
             answers = {}
             while of.keys() - answers.keys():
                 for ticket, answer in wire.receive(5):
@@ -44,7 +43,7 @@ class EchoController(ShoalController):
                     answers[ticket] = [dict(answer.meta), total]
                     del answer
             seconds = time.monotonic() - begun
-            print_line(f"turn {turn} took {seconds:.3f} s")
+            say(f"turn {turn} took {seconds:.3f} s")
             lines.append({"turn": turn, "seconds": seconds, "answers": {of[t]: told for t, told in answers.items()}})
         (folder / "turns.json").write_text(json.dumps(lines))
 

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,15 @@ def session(kit: Path, user: str) -> Iterator[Session]:
         opened.close()
 
 
+def why_ended(lines: Sequence[str]) -> list[str]:
+    """Returns what shoal's controller has said when it ended a job, from the lines of the log; nothing if it did not.
+
+    Args:
+        lines: Of the server's log.
+    """
+    return [line.split(ENDED, 1)[1] for line in lines if ENDED in line][:1]
+
+
 def _clients(opened: Any) -> list[str]:
     return [client.name for client in opened.get_system_info().client_info]
 
@@ -126,8 +135,7 @@ def _log(opened: Any, job: str) -> list[str]:
 def _errors(opened: Any, job: str) -> list[str]:
     """Returns why shoal has ended a job; where it has not, the last errors in the job's log on the server."""
     lines = opened.get_job_logs(job, "server")["logs"].get("server", "").splitlines()
-    own = [line.split(ENDED, 1)[1] for line in lines if ENDED in line]
-    return own[:1] or [line for line in lines if " - ERROR - " in line or "Error" in line][-10:]
+    return why_ended(lines) or [line for line in lines if " - ERROR - " in line or "Error" in line][-10:]
 
 
 def _abort(opened: Any, job: str) -> None:

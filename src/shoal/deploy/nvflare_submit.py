@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shoal.deploy.nvflare_job import MARK, RUN
 from shoal.deploy.nvflare_project import ADMIN, allowing, environment, kits
-from shoal.deploy.nvflare_session import Session, session
+from shoal.deploy.nvflare_session import Session, session, why_ended
 from shoal.errors import ConfigurationError, EngineError
 from shoal.runs.files import write_json
 
@@ -118,8 +118,8 @@ def simulate(
             _end(process)
     run = workspace / "server" / "simulate_job" / RUN
     if process.returncode or not run.is_dir():
-        tail = log.read_text(errors="replace").splitlines()
-        told = [line for line in tail if MARK in line or "ERROR" in line][-10:] or tail[-10:]
+        lines = log.read_text(errors="replace").splitlines()
+        told = why_ended(lines) or [line for line in lines if " - ERROR - " in line][-10:] or lines[-10:]
         raise EngineError("\n".join([f"NVFlare's simulator failed; its log is {log}:", *told]))
     return run
 
