@@ -122,19 +122,17 @@ class SiteWork:
             return self._said(request)
         if misfits := self._misfit(request, parcel):
             return self._said(request, error=f"of the model that was sent {misfits}", refused=True)
-        started = time.monotonic()
         work = _Task(request, _broadcast(request, parcel), self._client)
         for _, reply, problem in self.runner.gather(work, [0]):
-            seconds = time.monotonic() - started
             if reply is None:
                 return self._said(request, error=str(problem))
             try:
-                return self._given(request, reply, seconds)
+                return self._given(request, reply)
             finally:
                 reply.close()
         raise SiteError("the ranks were given no task")
 
-    def _given(self, request: Request, reply: Reply, seconds: float) -> Parcel:
+    def _given(self, request: Request, reply: Reply) -> Parcel:
         tensors: dict[str, RawTensor] = {}
         if reply.file is not None:
             tensors = {name: raw(reply.file.read(name)) for name in reply.file.entries}
@@ -145,7 +143,7 @@ class SiteWork:
             examples=reply.examples,
             metrics=dict(reply.metrics),
             tree=reply.tree,
-            seconds=seconds,
+            seconds=reply.seconds,
         )
 
     def _said(self, request: Request, tensors: Mapping[str, RawTensor] | None = None, **more: Any) -> Parcel:

@@ -19,7 +19,7 @@ from shoal.federation import Experiment, Job
 from shoal.federation.job_files import is_job, load_job
 from shoal.training import Training
 
-BUILT_IN = ("cifar10", "digits", "fashion_mnist", "synthetic")
+BUILT_IN = ("cifar10", "digits", "fashion_mnist", "payload", "synthetic")
 """The experiments that come with shoal."""
 
 ExperimentFunction = Callable[..., Experiment]
