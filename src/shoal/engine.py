@@ -105,6 +105,8 @@ class SiteEngine(Engine, Protocol):
 
     rounds: int
     """How many rounds the federation has, which the sites are told."""
+    seconds: Mapping[int, float]
+    """How long each site of the last round worked at its task, by client, without what it waited for."""
 
     def measure(self, learner: Learner, model: ModelState, round: int) -> dict[int, tuple[float, Mapping[str, float]]]:
         """Has the sites that can measure a model; returns each one's number of examples and means, by client.

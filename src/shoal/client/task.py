@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -55,6 +56,7 @@ class Task:
     _link: Link | None = None
     replied: bool = False
     """Whether this rank has replied."""
+    _began: float = field(default_factory=time.monotonic)
 
     @property
     def alone(self) -> bool:
@@ -183,6 +185,7 @@ class Task:
             ConfigurationError: The task was replied to, or the reply is not whole; nothing was sent.
             WorkerError: The server is gone.
         """
+        seconds = time.monotonic() - self._began
         if self.replied:
             raise ConfigurationError(f"{self._what()} was replied to already: one reply for each task")
         if examples is None or not examples > 0:
@@ -195,7 +198,9 @@ class Task:
             self._tell_terminal(float(examples), measured)
         elif self._link.rank == 0:
             tree = self._tree(params, delta, buffers) if trained else None
-            self._send(self._link, float(examples), measured, tree, "params" if delta is None else "delta")
+            kind = "" if tree is None else "params" if delta is None else "delta"
+            told = {"task": self.number, "examples": float(examples), "metrics": measured, "tree": kind}
+            self._send(self._link, told | {"seconds": seconds}, tree)
         self.replied = True
 
     def _tree(self, params: Any, delta: Params | None, buffers: Params | None) -> dict[str, Array]:
@@ -212,10 +217,8 @@ class Task:
             )
         return {name: given[homes[name]] for name in wanted}
 
-    def _send(
-        self, link: Link, examples: float, metrics: dict[str, float], tree: dict[str, Array] | None, kind: str
-    ) -> None:
-        told = {"task": self.number, "examples": examples, "metrics": metrics, "tree": kind if tree is not None else ""}
+    @staticmethod
+    def _send(link: Link, told: Mapping[str, Any], tree: dict[str, Array] | None) -> None:
         if tree is None:
             link.reply(told, None)
             return

@@ -45,7 +45,7 @@ class Answer:
     tree: str = ""
     """What the arrays are: ``params``, ``delta``, or nothing."""
     seconds: float = 0.0
-    """How long the site worked at it."""
+    """How long the site's rank 0 worked at it, from having the model to its reply."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as JSON; numbers that JSON has not as text."""

@@ -69,7 +69,7 @@ class RemoteEngine:
     def __post_init__(self) -> None:
         self.name = self.wire.name
         self.seconds: dict[int, float] = {}
-        """How long each site of the last round worked at it, by client."""
+        """How long each site of the last round worked at its task, by client."""
         self._clients: dict[str, int] = {}
         self._roster: Roster | None = None
         self._kept: list[Reply] = []

@@ -43,6 +43,8 @@ class SitesEngine:
     name: str = "sites"
 
     def __post_init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+        """How long each site of the last round worked at its task, by client."""
         self._runner: SiteRunner | None = None
         self._kept: list[Reply] = []
 
@@ -61,12 +63,14 @@ class SitesEngine:
     def run(self, learner: Learner, broadcast: Broadcast, tasks: Sequence[ClientTask]) -> Iterator[ClientResult]:
         """Yields what each site replies, as the replies come."""
         self._let_go()
+        self.seconds = {}
         work = _task("train", broadcast, learner, seed=tasks[0].seed if tasks else 0)
         for client, reply, problem in self._opened().gather(work, [task.client for task in tasks]):
             if reply is None:
                 yield ClientResult(client=client, error=problem)
                 continue
             self._kept.append(reply)
+            self.seconds[client] = reply.seconds
             yield ClientResult(client=client, update=work.update(reply), checked=True, lasting=True)
 
     def close(self) -> None:

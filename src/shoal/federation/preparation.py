@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from shoal.federation.cohorts import ClientShards, sample_cohort
 from shoal.federation.evaluation import Evaluator
 from shoal.federation.experiment import Experiment
 from shoal.federation.site_population import SitePopulation
+from shoal.processes.memory import resident
 from shoal.types import ModelState
 
 PICTURED_CLIENTS = 200
@@ -42,6 +43,8 @@ class Plan:
     """Measures the global model; false where nothing is to be measured."""
     identity: dict[str, Any]
     """What decides the run's numbers, as JSON."""
+    memory_before: int = 0
+    """Bytes that this process had before anything was made for the run."""
     first: list[ServerState]
     """Holds :attr:`start` until it is taken out, so that a run need not keep the model that it has left behind."""
 
@@ -69,6 +72,7 @@ def prepare(experiment: Experiment) -> Plan:
         DataError: There are no clients, a client is empty, a number is not finite, a label is out of range, or the
             model does not take the data.
     """
+    before = resident()
     population = _population(experiment.clients)
     population.check()
     # Sites are processes that start when their engine is opened: what can be refused before is.
@@ -76,7 +80,8 @@ def prepare(experiment: Experiment) -> Plan:
     made = _made(experiment, population) if early else None
     engine, choice = choose_engine(experiment.engine, experiment.learner, population)
     try:
-        return _prepare(experiment, population, (engine, choice), made or _made(experiment, population))
+        plan = _prepare(experiment, population, (engine, choice), made or _made(experiment, population))
+        return replace(plan, memory_before=before)
     except BaseException:
         engine.close()
         raise

@@ -9,12 +9,13 @@ from typing import Any
 from shoal import trees
 from shoal.algorithms import ServerState
 from shoal.data import Population
-from shoal.engines import CohortSum, Outcome, one_line
+from shoal.engines import CohortSum, Outcome, SiteEngine, one_line
 from shoal.errors import ClientError, NonFiniteError
 from shoal.federation.callbacks import Callback
 from shoal.federation.cohorts import sample_cohort
 from shoal.federation.evaluation import ClientMetrics
 from shoal.federation.preparation import Plan
+from shoal.processes.memory import most_resident
 
 logger = logging.getLogger("shoal")
 
@@ -50,6 +51,7 @@ def train_round(plan: Plan, state: ServerState, callbacks: Sequence[Callback]) -
         "examples": int(sum(summed.examples.values())),
         **_training(summed).summary(),
         **_sites(summed, plan.shards.population),
+        **(_costs(plan, plan.engine) if isinstance(plan.engine, SiteEngine) else {}),
         "bytes_down": len(cohort) * trees.nbytes(state.model.merged()),
         "bytes_up": summed.total.clients * (trees.nbytes(state.model.params) + trees.nbytes(state.model.buffers)),
     }
@@ -110,6 +112,15 @@ def _sites(summed: CohortSum, population: Population) -> dict[str, Any]:
         for client, value in column.items():
             found[population.name(client)][name] = float(value)
     return {"sites": found}
+
+
+def _costs(plan: Plan, engine: SiteEngine) -> dict[str, Any]:
+    """Returns what a round of sites took: each one's own time, and the most memory that this process had for them."""
+    name = plan.shards.population.name
+    return {
+        "site_seconds": {name(client): seconds for client, seconds in sorted(engine.seconds.items())},
+        "memory_bytes": max(most_resident() - plan.memory_before, 0),
+    }
 
 
 def _checked(state: ServerState) -> ServerState:

@@ -1,8 +1,9 @@
-"""What a process gives back to the system while it goes on."""
+"""What memory a process has, and what it gives back to the system while it goes on."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 M_MMAP_THRESHOLD = -3
 
@@ -19,3 +20,26 @@ def give_large_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
+
+
+def resident() -> int:
+    """Returns the memory that this process has now, in bytes; 0 where the system does not tell."""
+    return _told("self", "VmRSS")
+
+
+def most_resident(pid: int | None = None) -> int:
+    """Returns the most memory that a process has had at any time, in bytes; 0 where the system does not tell.
+
+    Args:
+        pid: Which; None for this one.
+    """
+    return _told("self" if pid is None else str(pid), "VmHWM")
+
+
+def _told(process: str, field: str) -> int:
+    """Returns a line of a process's status, which is in KiB."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)

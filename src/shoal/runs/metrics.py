@@ -14,7 +14,7 @@ from shoal.runs.files import storing, sync_folder, write_atomic
 UNITS = ("round", "epoch")
 """What records are numbered by."""
 
-TIME_KEYS = frozenset({"seconds", "clients_per_second", "samples_per_second", "elapsed"})
+TIME_KEYS = frozenset({"seconds", "site_seconds", "clients_per_second", "samples_per_second", "elapsed"})
 """The keys whose values are measured times."""
 
 USAGE_KEYS = frozenset({"memory_bytes", "utilization"})
@@ -108,6 +108,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     found = dict(record)
     for site, metrics in found.pop("sites", {}).items():
         found |= {f"{site}/{name}": value for name, value in metrics.items()}
+    found |= {f"{site}/seconds": value for site, value in found.pop("site_seconds", {}).items()}
     numbers = ((name, math.nan if value is None else value) for name, value in found.items())
     return {name: float(value) for name, value in numbers if isinstance(value, int | float)}
 

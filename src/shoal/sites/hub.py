@@ -159,14 +159,16 @@ class Hub:
         file = None if fd is None else TensorFile(fd)
         try:
             metrics = {str(name): float(value) for name, value in told["metrics"].items()}
-            examples = float(told["examples"])
+            examples, seconds = float(told["examples"]), float(told.get("seconds", 0.0))
         except BaseException:
             if file is not None:
                 file.close()
             raise
         if not (math.isfinite(examples) and examples > 0):
             state.failure = Failure(what=f"replied with {examples:g} examples, and must have more than 0", rank=0)
-        state.reply = Reply(task=told["task"], examples=examples, metrics=metrics, tree=tree, file=file)
+        state.reply = Reply(
+            task=told["task"], examples=examples, metrics=metrics, tree=tree, file=file, seconds=seconds
+        )
 
     def _distrust(self, connection: Connection, error: Exception) -> None:
         """Ends a connection over which something else came than a process of a site would say."""

@@ -71,6 +71,8 @@ class Reply:
     """What the file holds: ``params``, ``delta``, or nothing."""
     file: TensorFile | None
     """The arrays; the receiver closes it."""
+    seconds: float = 0.0
+    """How long the site's rank 0 worked at the task, from having it to its reply."""
 
     def close(self) -> None:
         """Lets go of the arrays."""

@@ -133,6 +133,7 @@ def test_a_reply_has_what_the_server_needs(module, wrapped):
     link = Sent()
     task, own = made(module, link=link), module()
     task.reply(params=wrapped(own).state_dict(), examples=3, metrics={"loss": torch.tensor(0.5), "acc": np.float32(1)})
+    assert [told.pop("seconds") >= 0 for told in link.told] == [True]
     assert link.told == [{"task": 0, "examples": 3.0, "metrics": {"loss": 0.5, "acc": 1.0}, "tree": "params"}]
     assert_equal(link.arrays, {name: own.state_dict()[name] for name in {**task.model.params, **task.model.buffers}})
 
