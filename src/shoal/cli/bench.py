@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli.bench_devices import devices
+from shoal.cli.bench_sites import sites
 from shoal.cli.exits import guarded
 from shoal.cli.launch import among_workers, launch_if_asked
 
@@ -72,7 +73,7 @@ def simulate(
         _print_table(found)
 
 
-for command in (simulate, devices):
+for command in (simulate, devices, sites):
     bench.command()(guarded(command))
 
 

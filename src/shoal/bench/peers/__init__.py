@@ -1,0 +1,1 @@
+"""What runs in the engines' own processes for their own FedAvg; the files are copied, and import nothing of shoal."""
