@@ -91,7 +91,8 @@ class SiteProcesses:
         self.processes[name] = process
         until = time.monotonic() + 60
         while not (folder / ADDRESS).exists():
-            assert process.poll() is None and time.monotonic() < until, (folder / "site.log").read_text()
+            assert process.poll() is None, (folder / "site.log").read_text()
+            assert time.monotonic() < until, (folder / "site.log").read_text()
             time.sleep(0.05)
         return folder
 

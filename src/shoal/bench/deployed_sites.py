@@ -77,7 +77,7 @@ class DeployedSites:
         return SiteRun(records=records, memory_bytes=memory.most)
 
     def _submit(self, case: SiteCase, folder: Path) -> None:
-        from shoal.experiments.remote import Order
+        from shoal.deploy.order import Order
 
         run_dir = folder / "run"
         order = Order(experiment=EXPERIMENT, name=EXPERIMENT, settings=case.settings(), run_dir=str(run_dir)).to_json()

@@ -120,7 +120,7 @@ def test_nobody_keeps_an_answer(wire, controller):
     controller.answer(0, message)
     del message, data
     answers = wire.receive(1)
-    ticket, answer = next(answers)
+    _, answer = next(answers)
     assert seen() is not None
     del answer
     gc.collect()
