@@ -36,6 +36,9 @@ ANSWER = 30.0
 STOP = 10.0
 """Seconds in which processes that were asked to end must have ended."""
 
+FORCE = 5.0
+"""Seconds in which the system ends what was killed."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 SUPERLINK = "superlink"
@@ -95,7 +98,7 @@ def _sweep(folder: Path, *, within: float) -> None:
     """
     until = time.monotonic() + within
     mark = str(folder.resolve())
-    while left := marked(MARK, mark):
+    while (left := marked(MARK, mark)) and time.monotonic() < until + FORCE:
         if time.monotonic() > until:
             for pid in left:
                 with contextlib.suppress(OSError):
