@@ -1,0 +1,237 @@
+"""Federations of real sites over Flower as it is: TLS, keys, two sites of two ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+pytest.importorskip("flwr")
+
+import engine_experiment
+from engine_experiment import SITES, expected_weights, ranks_of
+from process_table import alive, eventually
+from shoal.deploy.certificates import write_node_key, write_server_certificates
+from shoal.deploy.flower_app import write_app
+from shoal.deploy.flower_local import commands, down, up
+from shoal.deploy.flower_submit import submit
+from shoal.deploy.flower_tools import CONNECTION, environment, tool
+from shoal.deploy.order import Order
+from shoal.deploy.private_site import write_site
+from shoal.deploy.site_settings import Allowed
+from shoal.deploy.started import MARK, StartedProcesses
+from shoal.errors import EngineError
+from shoal.processes.table import marked
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+    pytest.mark.xdist_group("flower"),
+    # What is started for a folder is meant to live on.
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
+
+FILE = Path(engine_experiment.__file__)
+
+
+@pytest.fixture(scope="module")
+def deployment(tmp_path_factory):
+    """A SuperLink, two SuperNodes, and their sites."""
+    folder = tmp_path_factory.mktemp("flower")
+    allowed = [Allowed(name="two", source=str(FILE), settings=("*",))]
+    starting = {name: write_site(folder / "sites" / name, name, allowed) for name in SITES}
+    up(folder, list(SITES), starting, within=200)
+    yield folder
+    down(folder)
+    assert marked(MARK, str(folder)) == []
+
+
+class Run:
+    """A federation in a thread.
+
+    Args:
+        deployment: Where it runs.
+        folder: For its files.
+        settings: Of the experiment.
+    """
+
+    def __init__(self, deployment, folder, **settings):
+        self.deployment, self.folder = deployment, folder
+        self.pids = folder / "pids"
+        self.pids.mkdir(exist_ok=True)
+        self.run_dir = folder / "run"
+        self.lines = []
+        self.error = None
+        self._settings = {name: str(value) for name, value in {"pids": self.pids, **settings}.items()}
+        self._thread = None
+
+    def start(self, *, resume=False):
+        """Submits it."""
+        order = Order(
+            experiment=str(FILE), name="two", settings=self._settings, run_dir=str(self.run_dir), resume=resume
+        )
+        app = self.folder / f"app-{resume}"
+        write_app(app, order=order.to_json(), name="two", files={})
+        self._thread = threading.Thread(target=self._submit, args=(app,), daemon=True)
+        self._thread.start()
+        return self
+
+    def end(self):
+        """Waits for its end; returns the weights."""
+        self._thread.join(300)
+        assert not self._thread.is_alive()
+        if self.error is not None:
+            raise self.error
+        return load_file(self.run_dir / "model.safetensors")["w"]
+
+    def records(self):
+        """Returns what is known of its rounds."""
+        path = self.run_dir / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_round(self, number):
+        """Waits until so many rounds are over."""
+        assert eventually(lambda: len(self.records()) >= number or self.error, 200)
+        assert self.error is None, self.lines
+
+    def _submit(self, app):
+        try:
+            submit(self.deployment, app, connection=CONNECTION, show=self.lines.append, within=280)
+        except BaseException as error:
+            self.error = error
+
+
+def test_the_result_is_that_of_the_definition_and_each_site_has_recorded_it(deployment, tmp_path):
+    run = Run(deployment, tmp_path).start()
+    np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)
+    assert [record["failed"] for record in run.records()] == [[]] * 3
+    assert not [pid for pid in ranks_of(run.pids) if alive(pid)], "the ranks end with the run"
+    assert len(ranks_of(run.pids)) == 2 * 2 + 2, "they were started once: two ranks and a launcher for each site"
+    for name in SITES:
+        lines = [json.loads(line) for line in (deployment / "sites" / name / "audit.jsonl").read_text().splitlines()]
+        own = [line for line in lines if line.get("kind") == "train"]
+        assert [line["round"] for line in own[-3:]] == [1, 2, 3]
+        assert own[-1]["sent"]["arrays"]["w"]["shape"] == [5]
+    assert any("flower-superlink" in line for line in commands(deployment))
+
+
+@contextlib.contextmanager
+def stranger(deployment, folder, *words):
+    """A SuperNode that should not be let in; gives what it has written."""
+    log = folder / "stranger.log"
+    facts = json.loads((deployment / "flower.json").read_text())
+    command = [tool("flower-supernode"), "--superlink", f"127.0.0.1:{facts['port']}", *map(str, words)]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment(folder / "home"), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    try:
+        yield lambda: log.read_text(errors="replace")
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(20)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_strangers_are_refused_and_the_run_is_not_disturbed(deployment, tmp_path):
+    """One with a key that nobody registered, one that trusts another authority, and one without TLS."""
+    own = deployment / "certificates" / "ca.crt"
+    write_server_certificates(tmp_path / "other", ["127.0.0.1"])
+    for name in ("unregistered", "wrong", "plain"):
+        (tmp_path / name).mkdir()
+    write_node_key(tmp_path, "nobody")
+    key = ["--auth-supernode-private-key", tmp_path / "nobody"]
+    port = ["--port", free_port()]
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        told = {
+            "unregistered": enter(
+                stranger(deployment, tmp_path / "unregistered", "--root-certificates", own, *key, *port)
+            ),
+            "wrong": enter(
+                stranger(
+                    *(deployment, tmp_path / "wrong", "--root-certificates", tmp_path / "other" / "ca.crt", *key),
+                    *("--port", free_port()),
+                )
+            ),
+            "plain": enter(stranger(deployment, tmp_path / "plain", "--insecure", "--port", free_port())),
+        }
+        run = Run(deployment, tmp_path).start()
+        np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)
+        time.sleep(2)
+        for name, said in told.items():
+            assert "ERROR" in said() or "WARN" in said() or "Traceback" in said(), (name, said())
+        assert len(ranks_of(run.pids)) == 2 * 2 + 2
+
+
+def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(deployment, tmp_path):
+    run = Run(deployment, tmp_path, pause=1.0, on_failure="restart").start()
+    assert eventually(lambda: len(ranks_of(run.pids)) == 6, 200)
+    time.sleep(random.uniform(0, 6))
+    site = marked("SHOAL_SITE", "site-2")
+    ranks = [pid for pid in ranks_of(run.pids) if pid in site and b"site_script" in cmdline(pid).split(b"\0")[2]]
+    if ranks:
+        os.kill(random.choice(ranks), signal.SIGKILL)
+    np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)
+
+
+def cmdline(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() + b"\0\0\0"
+    except OSError:
+        return b"\0\0\0"
+
+
+def test_a_site_that_goes_away_in_a_round_and_comes_back_joins_a_later_one(deployment, tmp_path):
+    """All of a site is killed: its SuperNode, its own process, its ranks. The round goes on with the other one."""
+    run = Run(deployment, tmp_path, pause=1.0, rounds=6, min_sites=1).start()
+    run.wait_for_round(1)
+    started = StartedProcesses(deployment)
+    pids = started.pids()
+    entries = json.loads((deployment / "processes.json").read_text())
+    for name in ("supernode-site-2", "site-site-2"):
+        os.kill(pids[name], signal.SIGKILL)
+    assert eventually(lambda: not started.alive()["site-site-2"] and not started.alive()["supernode-site-2"], 10)
+    run.wait_for_round(2)
+    env = environment(deployment / "flower-home")
+    for name in ("site-site-2", "supernode-site-2"):
+        started.start(name, entries[name]["command"], env=env, cwd=deployment)
+    found = run.end()
+    missed = [record["round"] for record in run.records() if record["failed"]]
+    assert [record["failed"] for record in run.records() if record["failed"]] == [[1]] * len(missed)
+    there = [number for number in range(1, 7) if number not in missed]
+    np.testing.assert_allclose(found, expected_weights(6, {"site-2": there}), atol=1e-6)
+
+
+def test_a_server_that_is_killed_goes_on_from_its_run_folder(deployment, tmp_path):
+    run = Run(deployment, tmp_path, pause=0.5).start()
+    run.wait_for_round(1)
+    before = ranks_of(run.pids)
+    servers = [pid for pid in marked(MARK, str(deployment)) if b"flwr-serverapp" in cmdline(pid)]
+    assert servers
+    for pid in servers:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineError, match="did not complete"):
+        run.end()
+    run.error = None
+    np.testing.assert_allclose(run.start(resume=True).end(), expected_weights(), atol=1e-6)
+    assert [record["round"] for record in run.records()] == [1, 2, 3]
+    assert set(ranks_of(run.pids)) == set(before), "the sites go on with the ranks they have"
