@@ -81,6 +81,7 @@ class StartedProcesses:
                 )
         except OSError as error:
             raise ConfigurationError(f"{name} cannot be started: {command[0]}: {error}") from error
+        process.returncode = 0  # it is to outlive this object, whose end Python would warn of
         told[name] = {
             "pid": process.pid, "began": _began(process.pid), "boot": _boot(), "command": list(command)
         }  # fmt: skip
