@@ -88,6 +88,8 @@ class RunProcess:
             raise EngineError(f"the run's process at this site gave no answer within {within:g} s") from error
         except OSError:
             received = None
+        except ValueError as error:
+            raise EngineError(f"what the run's process at this site answered cannot be read: {error}") from error
         if self._stopped:
             raise EngineError("the run's process at this site was stopped")
         if received is None or received[1] is None:

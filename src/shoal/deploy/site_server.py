@@ -103,8 +103,10 @@ class SiteServer:
         try:
             with stream:
                 parcel = self._received(stream)
-                if parcel is not None:
-                    self._reply(stream, self._answered(parcel))
+                answer = None if parcel is None else self._answered(parcel)
+                # A site that is on its way out has not failed: it is asked again when it is back.
+                if answer is not None and not self._over.is_set():
+                    self._reply(stream, answer)
         except (OSError, ValueError) as error:
             logger.warning("a request could not be served: %s", error)
         finally:
