@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import secrets
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from shoal.deploy.flower_return import packed
 from shoal.errors import ConfigurationError, EngineError, ShoalError
 
 ORDER = "order"
 """The key in the run configuration: what to run, as JSON."""
 
 NONCE = "nonce"
-"""The key in the run configuration: by what the server recognises the folder of whoever submitted the run."""
+"""The key in the run configuration: what the lines are recognised by with which the run's folder goes back; empty where
+it is to stay."""
 
 FILES = "experiment"
 """The folder in an app with the files of its experiment."""
@@ -40,7 +44,9 @@ def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], r
     try:
         with _ctrl_c():
             order = read(_order_text(config))
-            order = dataclasses.replace(order, experiment=located(order.experiment, folder))
+            order = dataclasses.replace(
+                order, experiment=located(order.experiment, folder), run_dir=order.run_dir or _new_folder()
+            )
             run(order)
     except ShoalError as error:
         say(f"failed: {error}")
@@ -48,6 +54,9 @@ def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], r
     except KeyboardInterrupt as stopped:  # flwr stop, or the SuperLink's end
         say(f"stopped: {stopped}")
         raise EngineError(f"the run was stopped: {stopped}") from stopped
+    if nonce := config.get(NONCE):
+        for line in packed(Path(order.run_dir), str(nonce)):
+            print(line, flush=True)  # noqa: T201 - the run's log is what Flower carries
     say(f"completed: {order.run_dir}")
 
 
@@ -62,6 +71,12 @@ def located(experiment: str, folder: Path) -> str:
 def say(outcome: str) -> None:
     """Writes a line that whoever has submitted the run reads, however many lines the text has."""
     print(OUTCOME + " ".join(outcome.split()), flush=True)  # noqa: T201 - the run's log is what Flower carries
+
+
+def _new_folder() -> str:
+    """Returns a folder for a run of which the order does not say where it is to be: where the SuperLink was started."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    return str(Path("runs", f"flower-{stamp}-{secrets.token_hex(2)}").resolve())
 
 
 def _order_text(config: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,7 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, cast
 
-from shoal.deploy.flower_server import OUTCOME
+from shoal.deploy.flower_return import Parts
+from shoal.deploy.flower_server import NONCE, OUTCOME
 from shoal.deploy.flower_tools import TAIL, call, environment, home_of, tool
 from shoal.errors import ConfigurationError, EngineError, RunInterrupted
 from shoal.runs.interrupts import deferred
@@ -46,7 +48,13 @@ FLOWERS = re.compile(
 
 
 def submit(
-    folder: Path, app: Path, *, connection: str, show: Callable[[str], None], within: float | None = None
+    folder: Path,
+    app: Path,
+    *,
+    connection: str,
+    show: Callable[[str], None],
+    within: float | None = None,
+    bring: Path | None = None,
 ) -> None:
     """Runs an app on a SuperLink, and returns when the run has completed; Ctrl-C stops it there too.
 
@@ -57,6 +65,8 @@ def submit(
         connection: The SuperLink's name in Flower's configuration.
         show: Gets each line that the run writes.
         within: Seconds in which the run must have ended; None for as long as it takes.
+        bring: A new folder to which the run's is brought from the SuperLink's machine, without its checkpoints. None
+            where it is this machine, or the run's folder is to stay there.
 
     Raises:
         ConfigurationError: Flower's configuration does not name the SuperLink.
@@ -66,17 +76,24 @@ def submit(
     home = home_of(folder)
     env = environment(home)
     _check_reached(home, connection, env)
+    nonce = secrets.token_hex(8)
+    parts = None if bring is None else Parts(nonce, bring)
+    more = [] if parts is None else ["--run-config", f'{NONCE}="{nonce}"']
     with deferred(signal.SIGINT, signal.SIGTERM):  # or there would be a run that nobody knows the number of
-        answer = call(["run", str(app.resolve()), connection], env, within=ANSWER)
-    run = _Run(str(answer["run-id"]), connection, env, show)
+        answer = call(["run", str(app.resolve()), connection, *more], env, within=ANSWER)
+    run = _Run(str(answer["run-id"]), connection, env, show, parts)
     try:
         run.watch(within)
+        if parts is not None:
+            show(parts.finish())
     except KeyboardInterrupt as stopped:
         show(f"stopping run {run.number} of Flower's …")
         run.stop()
         raise RunInterrupted(f"run {run.number} was stopped; what it had saved is in its run folder") from stopped
     finally:
         run.close()
+        if parts is not None:
+            parts.close()
 
 
 class _Run:
@@ -87,10 +104,14 @@ class _Run:
         connection: The SuperLink's name.
         env: Of Flower's commands.
         show: Gets each line that is the run's own.
+        parts: Gets those with which its folder comes.
     """
 
-    def __init__(self, number: str, connection: str, env: Mapping[str, str], show: Callable[[str], None]) -> None:
+    def __init__(
+        self, number: str, connection: str, env: Mapping[str, str], show: Callable[[str], None], parts: Parts | None
+    ) -> None:
         self.number = number
+        self._parts = parts
         self._connection, self._env, self._show = connection, env, show
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._last: deque[str] = deque(maxlen=TAIL)
@@ -189,7 +210,7 @@ class _Run:
 
     def _line(self, line: str) -> None:
         self._seen += 1
-        if FLOWERS.match(line) or self._outcome:
+        if FLOWERS.match(line) or self._outcome or (self._parts is not None and self._parts.take(line)):
             return
         self._last.append(line)
         if line.startswith(OUTCOME):
