@@ -21,13 +21,16 @@ from shoal.deploy.flower_submit import submit
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(280),
+    pytest.mark.timeout(420),
     pytest.mark.xdist_group("flower"),
     # What is started is to outlive whoever started it.
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 
 ECHO = Path(__file__).parents[1] / "echo_site.py"
+
+BROUGHT = 5_000_000
+"""Bytes of a model that comes back."""
 
 SERVER = """
 import numpy as np
@@ -108,6 +111,24 @@ def test_a_run_that_fails_is_an_error_with_its_own_words(deployment: Path, tmp_p
     with pytest.raises(EngineError, match=r"did not complete \(finished:failed\): failed: no luck$"):
         submit(deployment, app(tmp_path / "app", body), connection="shoal", show=lines.append, within=200)
     assert lines == ["shoal: run failed: no luck"], "what Flower says of it need not be shown"
+
+
+def test_a_runs_folder_comes_back(deployment: Path, tmp_path: Path) -> None:
+    there, here = tmp_path / "there", tmp_path / "here"
+    there.mkdir()
+    (there / "config.json").write_text("{}")
+    (there / "model.safetensors").write_bytes(os.urandom(BROUGHT))
+    body = f"""
+from pathlib import Path
+from shoal.deploy.flower_server import send_back
+send_back(Path({str(there)!r}), context.run_config["nonce"])
+say("completed: well")
+"""
+    lines: list[str] = []
+    submit(deployment, app(tmp_path / "app", body), connection="shoal", show=lines.append, within=250, bring=here)
+    assert lines[0] == "shoal: run completed: well"
+    assert lines[1].startswith(f"the run is in {here}")
+    assert (here / "model.safetensors").read_bytes() == (there / "model.safetensors").read_bytes()
 
 
 def test_a_run_that_takes_too_long_is_stopped(deployment: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import datetime
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ ORDER = "order"
 NONCE = "nonce"
 """The key in the run configuration: what the lines are recognised by with which the run's folder goes back; empty where
 it is to stay."""
+
+BATCH, PAUSE, SETTLE = 80, 0.3, 2.0
+"""Lines of a run's folder that are written at once, half a megabyte; and seconds between such, and after the last."""
 
 FILES = "experiment"
 """The folder in an app with the files of its experiment."""
@@ -55,8 +59,7 @@ def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], r
         say(f"stopped: {stopped}")
         raise EngineError(f"the run was stopped: {stopped}") from stopped
     if nonce := config.get(NONCE):
-        for line in packed(Path(order.run_dir), str(nonce)):
-            print(line, flush=True)  # noqa: T201 - the run's log is what Flower carries
+        send_back(Path(order.run_dir), str(nonce))
     say(f"completed: {order.run_dir}")
 
 
@@ -77,6 +80,18 @@ def _new_folder() -> str:
     """Returns a folder for a run of which the order does not say where it is to be: where the SuperLink was started."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     return str(Path("runs", f"flower-{stamp}-{secrets.token_hex(2)}").resolve())
+
+
+def send_back(folder: Path, nonce: str) -> None:
+    """Writes a run's folder into the run's log, no faster than Flower carries that.
+
+    Flower takes what was written meanwhile in one request, and at the end waits for a few seconds only.
+    """
+    for number, line in enumerate(packed(folder, nonce), 1):
+        print(line, flush=True)  # noqa: T201 - the run's log is what Flower carries
+        if number % BATCH == 0:
+            time.sleep(PAUSE)
+    time.sleep(SETTLE)
 
 
 def _order_text(config: Mapping[str, Any]) -> str:

@@ -39,6 +39,9 @@ LOST = 120.0
 STOPPED = 60.0
 """Seconds in which a run that was told to stop must have ended."""
 
+DRAIN = 20.0
+"""Seconds without a line after which a log that has not ended is taken to have."""
+
 DONE = "finished:completed"
 
 FLOWERS = re.compile(
@@ -197,16 +200,15 @@ class _Run:
             self._line(line)
 
     def _drain(self) -> None:
-        """Shows what was written last, once the run has ended and its log with it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._log.wait(timeout=5.0)
-        while True:
+        """Shows what was written last, once the run has ended and its log is about to."""
+        while not self._cut:
             try:
-                line = self._lines.get(timeout=0.5)
+                line = self._lines.get(timeout=DRAIN)
             except queue.Empty:
                 return
-            if line is not None:
-                self._line(line)
+            if line is None:
+                return
+            self._line(line)
 
     def _line(self, line: str) -> None:
         self._seen += 1
