@@ -7,6 +7,7 @@ watches the process that stands for the job and ends the site when that one is g
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -36,6 +37,8 @@ ENDING = 10.0
 """Seconds that a site has to end by itself."""
 
 GLANCE = 0.2
+
+PR_SET_PDEATHSIG = 1
 
 
 class PrivateSite:
@@ -132,7 +135,7 @@ def attend(watched: int, command: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, end)
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent)  # noqa: PLW1509
     own = handle(child.pid)
     own_or_none = [] if own is None else [own]
     select.select([other, told, *own_or_none], [], [])
@@ -141,6 +144,11 @@ def attend(watched: int, command: Sequence[str]) -> int:
     select.select(own_or_none, [], [], ENDING)
     _end_session(child)
     return child.returncode
+
+
+def _end_with_parent() -> None:
+    """Has this process be told to end when its parent has ended, even by force; it has no threads yet."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
 
 
 def _end_session(child: subprocess.Popen[bytes]) -> None:

@@ -41,6 +41,9 @@ EVERYWHERE = "@ALL"
 CHUNK = 1 << 24
 """Bytes of a large tensor that NVFlare fetches in one call."""
 
+DEAD = 20.0
+"""Seconds after which a client is taken for dead of which NVFlare has heard that its part of the job has ended."""
+
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What NVFlare takes as the name of a job's folder."""
 
@@ -104,6 +107,8 @@ def _server(controller: str, within: float, interval: float) -> dict[str, Any]:
         "format_version": 2,
         "server": {"task_request_interval": interval},
         "np_download_chunk_size": CHUNK,
+        "dead_client_grace_period": DEAD,
+        "dead_client_check_lead_time": DEAD,
         "task_data_filters": [],
         "task_result_filters": [],
         "components": [],

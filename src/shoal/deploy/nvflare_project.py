@@ -26,6 +26,9 @@ ORGANISATION = "shoal"
 PROVISIONING = 120.0
 """Seconds that it may take."""
 
+SILENCE = 60
+"""Seconds without a sign of life after which the server takes a client for gone; one comes every ten."""
+
 LOOPBACK = "localhost,127.0.0.1,::1"
 
 
@@ -108,6 +111,7 @@ def provision(folder: Path, sites: Sequence[str], port: int) -> None:
 def _adapt_server(kit: Path, store: Path) -> None:
     """Has a server allow shoal's controller, and keep its jobs in the deployment instead of in the system's /tmp."""
     resources = _resources(kit)
+    resources["servers"][0]["heart_beat_timeout"] = SILENCE
     persistor: dict[str, Any] = resources["snapshot_persistor"]
     persistor["args"]["storage"]["args"]["root_dir"] = str(store / "snapshots")
     for component in resources["components"]:

@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -156,6 +157,7 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 def main(kit: str, user: str) -> None:
     """Answers calls on standard input until that is closed."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what NVFlare prints is no reply
     opened: Any = None
@@ -172,6 +174,13 @@ def main(kit: str, user: str) -> None:
         with contextlib.suppress(Exception):
             opened.close()
     os._exit(0)  # NVFlare's threads would keep it alive
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process once its parent has ended, also in the middle of a call."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _opened(kit: str, user: str) -> Any:
