@@ -15,6 +15,7 @@ from shoal.bench.deployed_sites import DeployedSites
 from shoal.bench.local_sites import LocalSites
 from shoal.bench.site_case import SiteCase, SiteRun
 from shoal.errors import ConfigurationError, EngineError, unknown_name
+from shoal.runs import sigterm_raised
 
 ENGINES = ("local", "flower", "nvflare")
 """``local`` is shoal's own engine of sites on this machine."""
@@ -106,7 +107,7 @@ def measure_sites(
     names = [f"site-{number}" for number in range(1, sites + 1)]
     for engine in engines:
         both = (False, True) if baseline and engine != "local" else (False,)
-        with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
+        with sigterm_raised(), tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
             tell(f"{engine}: {sites} sites start")
             with (opened or _open)(engine, names, ranks, Path(folder)) as runs:
                 least: dict[bool, int] = {}

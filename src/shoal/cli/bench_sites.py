@@ -63,7 +63,7 @@ def _print_table(found: list[SiteCost]) -> None:
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     for cost in found:
         table.add_row(
-            f"{cost.engine}, its own FedAvg" if cost.own else cost.engine,
+            f"{cost.engine} FedAvg" if cost.own else cost.engine,
             f"{cost.size_mb:g}",
             f"{cost.seconds:.2f}",
             "–" if cost.own else f"{cost.training_seconds:.2f}",

@@ -39,9 +39,9 @@ class Payload(nn.Module):
         self.parts = nn.ParameterList(torch.zeros(size) for size in sizes if size)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Returns scores, [batch, classes]; the first ones move with each number of the parts."""
+        """Returns scores, [batch, classes]; those of the first class move with each number of the parts."""
         scores: Tensor = self.linear(inputs)
-        moved = torch.stack([part.sum() for part in self.parts]).sum()
+        moved = torch.stack([part.mean() for part in self.parts]).mean()
         return scores + moved * F.one_hot(torch.zeros((), dtype=torch.long), CLASSES)
 
 
@@ -72,7 +72,7 @@ def experiment(*, size_mb: float = 10.0, clients: int = 2, seed: int = 0) -> Exp
         learner=TorchLearner(
             partial(Payload, numbers),
             loss=F.cross_entropy,
-            optimizer=partial(torch.optim.SGD, lr=1e-6),
+            optimizer=partial(torch.optim.SGD, lr=0.1),
             batch_size=EXAMPLES,
             epochs=1,
             devices=Devices(accelerator="cpu", threads=1),
