@@ -24,7 +24,7 @@ from shoal.deploy.wire import Wire
 from shoal.engine import ClientResult, ClientTask
 from shoal.errors import ClientError, ConfigurationError, ShoalError, SiteError
 from shoal.learners.base import Learner
-from shoal.learners.script import ties_of
+from shoal.learners.script import ties_at_server
 from shoal.runs.files import storing, write_json
 from shoal.sites.policy import SitePolicy
 from shoal.sites.state import Reply
@@ -72,6 +72,7 @@ class RemoteEngine:
         """How long each site of the last round worked at its task, by client."""
         self._clients: dict[str, int] = {}
         self._roster: Roster | None = None
+        self._ties: dict[str, str] | None = None
         self._kept: list[Reply] = []
         self._number = 0
 
@@ -105,7 +106,7 @@ class RemoteEngine:
         """Yields what each site replies, as the replies come."""
         self._let_go()
         self.seconds = {}
-        ties = ties_of(broadcast.model, learner.state_dict(broadcast.model))
+        ties = self._ties_of(learner, broadcast.model)
         seed = tasks[0].seed if tasks else 0
         work = SiteTask("train", broadcast, ties=ties, seed=seed)
         request = replace(self._request("train"), **_told(broadcast), ties=ties, seed=seed)
@@ -152,7 +153,7 @@ class RemoteEngine:
         self._let_go()
         broadcast = Broadcast(round=round, model=model)
         clients = [client for client in self._here() if self._opened().members[self._name_of(client)].evaluates]
-        request = replace(self._request("evaluate"), **_told(broadcast), ties=ties_of(model, learner.state_dict(model)))
+        request = replace(self._request("evaluate"), **_told(broadcast), ties=self._ties_of(learner, model))
         found: dict[int, tuple[float, Mapping[str, float]]] = {}
         for client, answer, _ in self._ask(request, _arrays(broadcast), clients, self.policy.waits.reply):
             if answer is not None:
@@ -268,6 +269,11 @@ class RemoteEngine:
             self.wire.send(to, Parcel(meta=request.to_json()))
         except Exception as error:  # it is the end anyway
             logger.warning("the sites could not be told of the end: %s", error)
+
+    def _ties_of(self, learner: Learner, model: ModelState) -> dict[str, str]:
+        if self._ties is None:
+            self._ties = ties_at_server(learner, model)
+        return self._ties
 
     def _let_go(self) -> None:
         while self._kept:

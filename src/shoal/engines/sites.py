@@ -10,7 +10,7 @@ from shoal.data import Population
 from shoal.engine import ClientResult, ClientTask
 from shoal.errors import ConfigurationError
 from shoal.learners.base import Learner
-from shoal.learners.script import ties_of
+from shoal.learners.script import ties_at_server
 from shoal.sites.allotment import Allotment
 from shoal.sites.policy import SitePolicy
 from shoal.sites.process import Starter
@@ -45,6 +45,7 @@ class SitesEngine:
     def __post_init__(self) -> None:
         self.seconds: dict[int, float] = {}
         """How long each site of the last round worked at its task, by client."""
+        self._ties: dict[str, str] | None = None
         self._runner: SiteRunner | None = None
         self._kept: list[Reply] = []
 
@@ -55,6 +56,7 @@ class SitesEngine:
             ConfigurationError: A site cannot be started, or there are too few devices.
         """
         learner.preload()
+        self._ties = None
         runner = SiteRunner(self.sites, self.starter, self.allotment, self.policy, verbose=self.verbose)
         runner.rounds = self.rounds
         runner.open()
@@ -64,7 +66,7 @@ class SitesEngine:
         """Yields what each site replies, as the replies come."""
         self._let_go()
         self.seconds = {}
-        work = _task("train", broadcast, learner, seed=tasks[0].seed if tasks else 0)
+        work = self._task("train", broadcast, learner, seed=tasks[0].seed if tasks else 0)
         for client, reply, problem in self._opened().gather(work, [task.client for task in tasks]):
             if reply is None:
                 yield ClientResult(client=client, error=problem)
@@ -105,7 +107,7 @@ class SitesEngine:
         """
         self._let_go()
         runner = self._opened()
-        work = _task("evaluate", Broadcast(round=round, model=model), learner, seed=0)
+        work = self._task("evaluate", Broadcast(round=round, model=model), learner, seed=0)
         return {
             client: (reply.examples, reply.metrics)
             for client, reply, _ in runner.gather(work, runner.evaluators())
@@ -122,7 +124,7 @@ class SitesEngine:
             raise ConfigurationError("engine 'sites' is not open")
         return self._runner
 
-
-def _task(kind: str, broadcast: Broadcast, learner: Learner, *, seed: int) -> SiteTask:
-    ties = ties_of(broadcast.model, learner.state_dict(broadcast.model))
-    return SiteTask(kind, broadcast, ties=ties, seed=seed)
+    def _task(self, kind: str, broadcast: Broadcast, learner: Learner, *, seed: int) -> SiteTask:
+        if self._ties is None:
+            self._ties = ties_at_server(learner, broadcast.model)
+        return SiteTask(kind, broadcast, ties=self._ties, seed=seed)

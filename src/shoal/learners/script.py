@@ -16,6 +16,7 @@ from shoal.data import Dataset
 from shoal.description import describe
 from shoal.devices import Devices
 from shoal.errors import ConfigurationError
+from shoal.learners.base import Learner
 from shoal.types import Broadcast, ModelState, Params, Update
 
 
@@ -131,6 +132,18 @@ def ties_of(model: ModelState, state_dict: Params) -> dict[str, str]:
     merged = model.merged()
     homes = {id(array): name for name, array in merged.items()}
     return {name: homes[id(array)] for name, array in state_dict.items() if name not in merged}
+
+
+def ties_at_server(learner: Learner, model: ModelState) -> dict[str, str]:
+    """Returns the ties of a learner's model, and has it let go of the module that told them.
+
+    Where sites train, the server may never need that again: it would be a second model in its memory.
+    """
+    ties = ties_of(model, learner.state_dict(model))
+    release = getattr(learner, "release", None)
+    if release is not None:
+        release()
+    return ties
 
 
 def _made_by_keras(model: Any, seed: int) -> ModelState | None:

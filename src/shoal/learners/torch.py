@@ -146,6 +146,10 @@ class TorchLearner:
         self.__dict__["resident"] = self._make(seed)  # the slot of the cached property
         return self.resident.state()
 
+    def release(self) -> None:
+        """Lets go of the module; whatever needs it makes it anew."""
+        self.__dict__.pop("resident", None)
+
     def _make(self, seed: int) -> ResidentModel:
         return ResidentModel(self.model, self.device, seed, compiles=self.compile, channels_last=self.channels_last)
 
