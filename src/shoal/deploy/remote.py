@@ -25,6 +25,7 @@ from shoal.engine import ClientResult, ClientTask
 from shoal.errors import ClientError, ConfigurationError, ShoalError, SiteError
 from shoal.learners.base import Learner
 from shoal.learners.script import ties_at_server
+from shoal.processes.memory import give_large_memory_back
 from shoal.runs.files import storing, write_json
 from shoal.sites.policy import SitePolicy
 from shoal.sites.state import Reply
@@ -84,6 +85,7 @@ class RemoteEngine:
             SiteError: Too few sites came in time.
             EngineError: What carries the messages is gone.
         """
+        give_large_memory_back()
         hello = self._request("hello")
         self._roster = roster = Roster(self.wire, hello.to_json(), self.names)
         self._await_sites(roster, len(clients))

@@ -25,6 +25,7 @@ from shoal.deploy.request import Request
 from shoal.deploy.site_run import START, SiteRun
 from shoal.deploy.site_settings import SiteSettings
 from shoal.errors import ConfigurationError, EngineError, ShoalError, StorageError
+from shoal.processes.memory import give_large_memory_back
 from shoal.processes.messages import receive, send
 from shoal.processes.table import credentials
 from shoal.runs.files import storing, write_json
@@ -70,6 +71,7 @@ class SiteServer:
 
     def serve(self) -> None:
         """Takes requests until :meth:`stop`."""
+        give_large_memory_back()
         self._listener.settimeout(LOOK)
         while not self._over.is_set():
             self._end_idle()
