@@ -72,8 +72,9 @@ def main(form):
     rank = dist.get_rank()
     flare.init(rank=rank)
     {"rank_0_alone": rank_0_alone, "all_ask": all_ask, "all_receive": all_receive, "until_none": until_none}[form](rank)
-    assert not flare.is_running()
-    assert flare.receive() is None
+    if rank == 0 or form != "rank_0_alone":  # a rank that never asked has tasks that it was not told of
+        assert not flare.is_running()
+        assert flare.receive() is None
     dist.destroy_process_group()
     print("the end", np.__name__, flush=True)
 
