@@ -197,12 +197,18 @@ class Forked:
 
 
 def keep_only(*numbers):
-    """Closes all files but these and the standard ones, as a program that is started has none of them."""
-    faulthandler.disable()  # pytest's own writes to one of them
+    """Lets go of all files but these and the standard ones, as a program that is started has none of them.
+
+    Their numbers stay taken: pytest's streams, to which loggers may yet write, are among them.
+    """
+    faulthandler.disable()
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    nothing = os.open(os.devnull, os.O_RDWR)
     for file in list(Path("/proc/self/fd").iterdir()):
-        if (number := int(file.name)) > 2 and number not in numbers:
+        if (number := int(file.name)) > 2 and number not in (nothing, *numbers):
             with contextlib.suppress(OSError):
-                os.close(number)
+                os.fstat(number)
+                os.dup2(nothing, number)
 
 
 def serve_quickly(folder, log):
@@ -215,7 +221,6 @@ def serve_quickly(folder, log):
     os.dup2(log, 2)
     keep_only()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
     shoal.deploy.site_run.RunProcess = ForkedRun
     try:
         guarded(site)(folder)

@@ -30,6 +30,7 @@ from shoal.experiments.remote import Order, run_over
 from shoal.federation import run_experiment
 from shoal.processes.forking import fork
 from site_jobs import SCRIPT, start_quickly
+from support import assert_equal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 
@@ -354,11 +355,11 @@ def test_a_site_that_works_for_another_run_is_waited_for(sites, wire, tmp_path):
 
 def served(folders, told, run_dir, resume):
     """Is a server, in a forked process."""
-    keep_only()
     os.setsid()
     with Path(f"{run_dir}.log").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    keep_only()
     asking.BUSY = 0.5
     result = run_over(LocalWire(folders), order(run_dir, resume, **told))
     np.save(f"{run_dir}.npy", result.params["w"])
@@ -407,3 +408,39 @@ def test_too_few_sites_end_a_round(sites, wire, tmp_path):
     with pytest.raises(ClientError, match="site-[12] failed in round 2: .*exit code 1"):
         run_over(wire, order(**settings))
     assert SCRIPT.exists()
+
+
+DDP = """
+import sys
+sys.path.insert(0, {folder!r})
+from job import arguments, make
+
+
+def experiment(*, rounds: int = 2):
+    sys.argv[1:] = ["--num_rounds", str(rounds), "--images", "200", "--accelerator", "cpu"]
+    return make(arguments())
+"""
+
+
+@pytest.mark.timeout(200)
+def test_two_ranks_at_each_of_two_sites_are_those_of_a_local_job(tmp_path, monkeypatch):
+    """With programs that are started as they would be on machines of their own: nothing is forked from this one."""
+    folder = Path(shoal.__file__).parents[2] / "examples" / "multi_gpu" / "torch_ddp"
+    file = tmp_path / "ddp.py"
+    file.write_text(DDP.format(folder=str(folder)))
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    sites = SiteProcesses(tmp_path / "sites")
+    allowed = Allowed(name="ddp", source=str(file))
+    wire = LocalWire({name: sites.write(name, allowed) for name in NAMES})
+    try:
+        for name in NAMES:
+            sites.start(name)
+        result = run_over(wire, Order(experiment=str(file), name="ddp", run_dir=str(tmp_path / "run")))
+    finally:
+        left = sites.stop()
+        wire.close()
+    assert left == []
+    alone = run_experiment(build(load(str(file)), {}))
+    assert_equal(result.params, alone.params, atol=1e-6)
+    accuracies = [[record["accuracy"] for record in each.history] for each in (result, alone)]
+    np.testing.assert_allclose(*accuracies, atol=1e-6)

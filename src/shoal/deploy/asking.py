@@ -180,7 +180,14 @@ class Asking:
         """
         if self.policy.on_failure != "continue" or not self.lenient:
             raise error
-        return self._waiting.pop(name).client, None, error
+        return self._dropped(name), None, error
+
+    def _dropped(self, name: str) -> int:
+        """Waits for a site no more; returns its client."""
+        asked = self._waiting.pop(name)
+        if asked.ticket is not None:
+            self.wire.forget([asked.ticket])
+        return asked.client
 
     def _judged(self, started: float, replies: int) -> Iterator[Outcome]:
         """Yields the sites that are left out from this round.
@@ -195,9 +202,8 @@ class Asking:
         for name, asked in list(self._waiting.items()):
             gone = self._gone_since(name, asked, started)
             if enough and (late or gone is not None):
-                del self._waiting[name]
                 why = f"no reply within {self.policy.deadline:g} s" if gone is None else "it is gone"
-                yield asked.client, None, ClientError(f"{why}; what it sends later is thrown away")
+                yield self._dropped(name), None, ClientError(f"{why}; what it sends later is thrown away")
             elif gone is not None and now - gone > self.policy.waits.start:
                 what = f"is gone, and did not come back within {self.policy.waits.start:g} s"
                 yield self._left_out(name, SiteError(f"{name} {what}{_last(asked)}"))
