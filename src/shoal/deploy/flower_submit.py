@@ -136,9 +136,9 @@ class _Run:
             try:
                 status, details = self._status()
                 answered = time.monotonic()
-            except EngineError:
+            except EngineError as error:
                 if time.monotonic() - answered > LOST:
-                    raise
+                    raise EngineError(f"run {self.number}: its SuperLink is gone for {LOST:g} s: {error}") from error
                 continue
             if status.startswith("finished"):
                 self._drain()
@@ -176,7 +176,7 @@ class _Run:
             env={**self._env, "PYTHONUNBUFFERED": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.DEVNULL,  # what the command says itself would be counted as lines of the run
             start_new_session=True,  # Ctrl-C comes to this process alone
         )
         stream = cast("IO[bytes]", process.stdout)
