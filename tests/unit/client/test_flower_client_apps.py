@@ -1,5 +1,6 @@
 """ClientApps of Flower's, as they are, in the place of a site's script."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 import shoal
 from shoal.errors import ConfigurationError, SiteError
+from shoal.processes.tensors import TensorFile
 from shoal.types import LocalObjective, ModelState
 
 pytest.importorskip("flwr")
@@ -31,12 +33,12 @@ class Link:
     def __init__(self):
         self.told = []
 
-
-class Kept(Task):
-    """Keeps its reply."""
-
-    def _send(self, link, examples, metrics, tree, kind):
-        link.told.append(SimpleNamespace(examples=examples, metrics=metrics, tree=tree))
+    def reply(self, told, fd):
+        tree = None
+        if fd is not None:
+            with TensorFile(os.dup(fd)) as file:
+                tree = {name: torch.as_tensor(file.read(name)) for name in file.entries}
+        self.told.append(SimpleNamespace(examples=told["examples"], metrics=told["metrics"], tree=tree))
 
 
 def net():
@@ -52,7 +54,7 @@ def task_of(module, link, **fields):
     buffers = {name: array for name, array in state.items() if name not in {**trained, **constants}}
     whole = ModelState(params=dict(reversed(trained.items())), buffers=buffers, constants=constants)
     told = {"kind": "train", "round": 2, "rounds": 3, "site": "a", "client": 4, "number": 7, "config": {"lr": 0.5}}
-    return Kept(**{**told, "model": whole, "_link": link, **fields})
+    return Task(**{**told, "model": whole, "_link": link, **fields})
 
 
 def serve(monkeypatch, app, *tasks, **options):
