@@ -164,7 +164,7 @@ class Asking:
         """Deals with a site that says that it failed, as the policy says."""
         if said.refused:
             raise ConfigurationError(f"{name} refuses: {said.error}")
-        error = SiteError(f"{name}: {said.error}")
+        error = SiteError(f"{name}: {said.error.removeprefix(f'{name}: ')}")
         asked.failures += 1
         if self.policy.on_failure == "restart" and asked.failures <= self.policy.max_restarts:
             logger.warning("%s; asking it again (%d of at most %d)", error, asked.failures, self.policy.max_restarts)

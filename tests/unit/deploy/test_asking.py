@@ -141,7 +141,7 @@ def test_what_others_answer_is_the_rosters(world):
 
 STOPS = {
     "refused": ([said(refused=True, error="not here")], ConfigurationError, "^a refuses: not here$"),
-    "failed": ([said(error="rank 1 was killed")], SiteError, "^a: rank 1 was killed$"),
+    "failed": ([said(error="a: rank 1 was killed")], SiteError, "^a: rank 1 was killed$"),
     "garbage": ([Parcel(meta={"protocol": 1, "number": []})], SiteError, r"^a: its answer cannot be read: its number"),
     "protocol": ([Parcel(meta={"protocol": 2})], SiteError, "^a: its answer .*: the site speaks protocol 2"),
     "silent": ([None] * 9, SiteError, "^a gave no answer within 600 s$"),
