@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from shoal.deploy.started import StartedProcesses
+from shoal.deploy.started import MARK, StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
 from shoal.processes.table import marked
 
 pytest.importorskip("flwr")
 
 from shoal.deploy.flower_app import write_app
-from shoal.deploy.flower_local import MARK, commands, down, up
+from shoal.deploy.flower_local import commands, down, up
 from shoal.deploy.flower_submit import submit
 
 pytestmark = [

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import ssl
 import time
@@ -19,7 +17,6 @@ from shoal.deploy.certificates import ServerCertificates, write_node_key, write_
 from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, toml_string, tool
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
-from shoal.processes.table import marked
 from shoal.runs.files import write_atomic, write_json
 
 ADDRESS = "127.0.0.1"
@@ -42,9 +39,6 @@ FORCE = 5.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 SUPERLINK = "superlink"
-
-MARK = "SHOAL_DEPLOYMENT"
-"""The environment variable with the folder, which all processes of a deployment have, whoever has started them."""
 
 
 def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[str]], *, within: float) -> None:
@@ -88,22 +82,6 @@ def down(folder: Path, *, within: float = STOP) -> None:
         within: Seconds in which each may end by itself, before it is killed.
     """
     StartedProcesses(folder).stop(within=within)
-    _sweep(folder, within=within)
-
-
-def _sweep(folder: Path, *, within: float) -> None:
-    """Ends what Flower's processes have started in sessions of their own, once those processes have ended.
-
-    A SuperLink does so with what starts its ServerApps, which ends by itself when it finds the SuperLink gone.
-    """
-    until = time.monotonic() + within
-    mark = str(folder.resolve())
-    while (left := marked(MARK, mark)) and time.monotonic() < until + FORCE:
-        if time.monotonic() > until:
-            for pid in left:
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-        time.sleep(LOOK)
 
 
 def commands(folder: Path) -> list[str]:
@@ -184,7 +162,7 @@ class _Local:
             f"root-certificates = {toml_string(str(certificates.authority))}",
         ]
         write_atomic(home / "config.toml", "\n".join(lines) + "\n")
-        self._env = environment(home) | {MARK: str(self._folder)}
+        self._env = environment(home)
 
     def _start_superlink(self, certificates: ServerCertificates, port: int) -> None:
         command = [
