@@ -90,3 +90,19 @@ def linked_hosts():
             ip("-n", host.name, "link", "set", "lo", "up")
             host.switch("up")
         yield [one, two]
+
+
+@contextlib.contextmanager
+def star_of_hosts():
+    """Yields a host, and two others that each have a link to it alone; a cut of theirs leaves the other one's."""
+    with lone_host(9) as middle, lone_host(1) as one, lone_host(2) as two:
+        ip("-n", middle.name, "link", "set", "lo", "up")
+        for number, host in enumerate((one, two), start=84):
+            end = f"link{number}"
+            ip("link", "add", LINK, "netns", host.name, "type", "veth", "peer", "name", end, "netns", middle.name)
+            ip("-n", host.name, "address", "add", f"192.168.{number}.1/24", "dev", LINK)
+            ip("-n", middle.name, "address", "add", f"192.168.{number}.9/24", "dev", end)
+            ip("-n", middle.name, "link", "set", end, "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+            host.switch("up")
+        yield middle, [(one, "192.168.84.9"), (two, "192.168.85.9")]

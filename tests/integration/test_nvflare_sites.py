@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -95,11 +96,15 @@ def test_an_exported_job_runs_in_the_simulator(exported, tmp_path):
 
 
 def test_an_exported_job_runs_under_poc(exported, tmp_path):
-    env = environment() | {"NVFLARE_POC_WORKSPACE": str(tmp_path / "poc"), "HOME": str(tmp_path)}
+    # NVFlare's scripts look for python3 on the path.
+    own = Path(sys.executable).parent
+    path = os.pathsep.join([str(own), os.environ.get("PATH", os.defpath)])
+    env = environment() | {"NVFLARE_POC_WORKSPACE": str(tmp_path / "poc"), "HOME": str(tmp_path), "PATH": path}
+    tool = str(own / "nvflare")
 
     def nvflare(*words, within=120):
         done = subprocess.run(
-            ["nvflare", *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=within, check=False,
+            [tool, *words], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=within, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -108,7 +113,7 @@ def test_an_exported_job_runs_under_poc(exported, tmp_path):
     nvflare("poc", "prepare", "-n", "2")
     with (tmp_path / "poc.log").open("wb") as log:
         poc = subprocess.Popen(
-            ["nvflare", "poc", "start", "-ex", "admin@nvidia.com"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
+            [tool, "poc", "start", "-ex", "admin@nvidia.com"], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL,
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -117,7 +122,7 @@ def test_an_exported_job_runs_under_poc(exported, tmp_path):
         while "job_id" not in said and time.monotonic() < until:
             time.sleep(5)
             done = subprocess.run(
-                ["nvflare", "job", "submit", "-j", str(exported)], cwd=tmp_path, env=env, capture_output=True,
+                [tool, "job", "submit", "-j", str(exported)], cwd=tmp_path, env=env, capture_output=True,
                 text=True, timeout=60, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
             said = done.stdout
@@ -126,7 +131,7 @@ def test_an_exported_job_runs_under_poc(exported, tmp_path):
         nvflare("job", "wait", number, within=240)
         nvflare("job", "download", number, within=120)
     finally:
-        subprocess.run(["nvflare", "poc", "stop"], cwd=tmp_path, env=env, timeout=90, check=False, capture_output=True)
+        subprocess.run([tool, "poc", "stop"], cwd=tmp_path, env=env, timeout=90, check=False, capture_output=True)
         poc.terminate()
         poc.wait(30)
         for pid in marked("NVFLARE_POC_WORKSPACE", str(tmp_path / "poc")):
