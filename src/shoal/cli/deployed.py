@@ -47,6 +47,7 @@ def federate_at_sites(
     from shoal.deploy.order import Order
     from shoal.experiments import build, load
     from shoal.experiments.sources import absolute, allowed_name
+    from shoal.runs import RunFolder
 
     if given := [option for option, value in refused.items() if value]:
         raise ConfigurationError(
@@ -56,6 +57,7 @@ def federate_at_sites(
     place = deployment(engine, folder)
     experiment = build(load(name), settings)  # what cannot be is refused here, before anything starts
     path = (run_dir or next(new_folders(experiment.name))).resolve()
+    RunFolder.check(path, resume=resume)
     order = Order(
         experiment=absolute(name), name=allowed_name(name), settings=settings, run_dir=str(path), resume=resume
     )

@@ -20,6 +20,7 @@ from shoal.federation import Experiment, FederationResult, run_experiment
 from shoal.federation.callbacks import Callback
 from shoal.federation.run import SITE_LOGS
 from shoal.federation.site_population import SitePopulation
+from shoal.runs import RunFolder
 from shoal.sites.policy import SitePolicy
 
 
@@ -33,6 +34,8 @@ def run_over(wire: Wire, order: Order, callbacks: Sequence[Callback] = ()) -> Fe
     """
     experiment = build(load(order.experiment), order.settings)
     folder = Path(order.run_dir) if order.run_dir else None
+    if folder is not None:  # or the sites would hear of a second server of the same run
+        RunFolder.check(folder, resume=order.resume)
     return run_experiment(remotely(experiment, wire, order), run_dir=folder, resume=order.resume, callbacks=callbacks)
 
 

@@ -56,10 +56,7 @@ class RunFolder:
         """
         config = json.loads(json.dumps(config))  # as it will read back: tuples as lists
         exists = path.exists()
-        if exists:
-            _require_run_or_empty(path)
-        if resume and not is_run(path):
-            raise RunFolderError(f"there is no run to resume in {path}; leave --resume out to begin one")
+        _require_fit(path, resume=resume)
         require_space(path, space)
         with storing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -71,6 +68,21 @@ class RunFolder:
             _leave_no_trace(path, lock, existed=exists)
             raise
         return cls(path, lock, notices)
+
+    @staticmethod
+    def check(path: Path, *, resume: bool) -> None:
+        """Refuses what :meth:`open` would refuse of any run, before that has begun to start what it needs.
+
+        Args:
+            path: The folder.
+            resume: Whether it must hold a run already.
+
+        Raises:
+            RunFolderError: The folder holds something else, another process uses it, or there is nothing to resume.
+        """
+        _require_fit(path, resume=resume)
+        if (path / LOCK).exists():
+            _locked(path / LOCK).close()
 
     def close(self) -> None:
         """Lets other processes use the folder."""
@@ -169,6 +181,13 @@ def _require_run_or_empty(path: Path) -> None:
     others = names - {LOCK, temporary_name(CONFIG)}  # these a process leaves that was killed while it began a run
     if CONFIG not in names and others:
         raise RunFolderError(f"{path} holds other things ({min(others)}, …) and no run: choose another run folder")
+
+
+def _require_fit(path: Path, *, resume: bool) -> None:
+    if path.exists():
+        _require_run_or_empty(path)
+    if resume and not is_run(path):
+        raise RunFolderError(f"there is no run to resume in {path}; leave --resume out to begin one")
 
 
 def _locked(path: Path) -> FileIO:

@@ -117,11 +117,24 @@ def test_the_lock_names_its_holder_and_ends_with_it(tmp_path):
         assert ready.wait(60)
         with pytest.raises(RunFolderError, match=f"in use by process {child.pid} on "):
             RunFolder.open(tmp_path, CONFIG, resume=True)
+        with pytest.raises(RunFolderError, match=f"in use by process {child.pid} on "):
+            RunFolder.check(tmp_path, resume=True)
         assert read_run(tmp_path).config["options"] == {"rounds": 3}  # readers need no lock
     finally:
         os.kill(child.pid, signal.SIGKILL)
         child.join(30)
     RunFolder.open(tmp_path, CONFIG, resume=True).close()
+
+
+def test_a_look_before_changes_nothing(tmp_path):
+    RunFolder.check(tmp_path / "new", resume=False)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(RunFolderError, match="there is no run to resume"):
+        RunFolder.check(tmp_path / "new", resume=True)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="holds other things"):
+        RunFolder.check(tmp_path, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_reading_what_is_no_run(tmp_path):
