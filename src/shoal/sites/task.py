@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shoal import trees
-from shoal.processes.tensors import Entry, TensorFile, read_only, write_tensors
+from shoal.processes.tensors import Entry, TensorFile, dtype_name, read_only, write_tensors
 from shoal.sites.state import Reply
 from shoal.types import Array, Broadcast, LocalObjective, Params, Update
 
@@ -90,7 +90,7 @@ class SiteTask:
         return self._misfit(reply, reply.file.entries) or self._not_finite(reply.file)
 
     def _misfit(self, reply: Reply, entries: Mapping[str, Entry]) -> str | None:
-        """Says how names or shapes differ from the model's; None where they do not."""
+        """Says how names, shapes or kinds of numbers differ from the model's; None where they do not."""
         model = self.broadcast.model
         wanted = {**model.params, **({} if reply.tree == "delta" else model.buffers)}
         for name, array in wanted.items():
@@ -98,6 +98,8 @@ class SiteTask:
                 return f"it sent no {name}"
             if entries[name].shape != tuple(array.shape):
                 return f"it sent {name} with shape {list(entries[name].shape)}, and {list(array.shape)} is expected"
+            if "float" not in entries[name].dtype:
+                return f"it sent {name} as {entries[name].dtype}, and {dtype_name(array)} is expected"
         unknown = sorted(entries.keys() - model.params.keys() - model.buffers.keys())
         return f"it sent {unknown[0]}, which the model does not have" if unknown else None
 

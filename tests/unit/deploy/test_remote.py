@@ -169,6 +169,7 @@ def test_enough_sites_begin(learner, caplog):
         ({"tree": ""}, "site-2: it sent no parameters"),
         ({"arrays": {}}, "site-2: it sent no w"),
         ({"arrays": {"w": np.zeros(3)}}, r"site-2: it sent w with shape \[3\], and \[4\] is expected"),
+        ({"arrays": {"w": np.zeros(4, np.int64)}}, "site-2: it sent w as int64, and float32 is expected"),
         ({"arrays": {"w": np.full(4, np.nan)}}, "site-2: it sent NaN or infinity in w"),
         ({"arrays": {"w": np.zeros(4), "v": np.zeros(1)}}, "site-2: it sent v, which the model does not have"),
     ],
