@@ -95,7 +95,7 @@ def test_a_mode_decides_what_an_example_is(finish, mode, channels, repeated):
 
 
 def test_two_processes_equal_one_with_the_same_examples_in_a_step(nursery, recordings, finish, tmp_path):
-    flags = ["--encoder", "cnn", "--mode", "channels", "--dropout", 0, "--epochs", 3, "--accelerator", "cpu"]
+    flags = ["--encoder", "cnn", "--mode", "channels", "--dropout", 0, "--epochs", 1, "--accelerator", "cpu"]
     flags += ["--no-freeze-encoder", "--hidden-dims", 16, "--data-dir", recordings]
     one, _ = finish("one", *flags, "--batch-size", 10)
     words = [*flags, "--multi-gpu", "ddp", "--batch-size", 5, "--save-dir", tmp_path / "two"]
@@ -104,10 +104,10 @@ def test_two_processes_equal_one_with_the_same_examples_in_a_step(nursery, recor
     assert "batch: 5 examples a device × 2 devices = 10 a step (ddp, fp32)" in launch.told[0]
     assert launch.told[1] == ""
     for line, expected in zip(records(tmp_path / "two"), records(one), strict=True):
-        assert line == pytest.approx(expected, rel=1e-3)  # AdamW makes much of a rounding
+        assert line == pytest.approx(expected, rel=1e-4)  # AdamW makes much of a rounding, and the more the longer
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", one))
     for name in theirs:
-        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4)
     assert result(tmp_path / "two") == result(one)
 
 

@@ -81,5 +81,5 @@ def _submit(engine: str, place: Path, order: Order, scratch: Path) -> None:
     from shoal.deploy.nvflare_job import write_job
     from shoal.deploy.nvflare_submit import submit as submit_job
 
-    write_job(scratch / "job", order=order.to_json(), name=order.name)
+    write_job(scratch / "job", order=order.to_json(), name=order.name, own_code=False)
     submit_job(place, scratch / "job", show=print, within=None, run_dir=Path(order.run_dir))

@@ -57,5 +57,5 @@ def export(
         return
     from shoal.deploy.nvflare_job import write_job
 
-    write_job(folder, order=order.to_json(), name=order.name, files=files)
+    write_job(folder, order=order.to_json(), name=order.name, files=files, own_code=at is None)
     print(f"{folder} is an NVFlare job: nvflare job submit -j {folder}")

@@ -126,7 +126,7 @@ def _check(relative: PurePosixPath, source: Path) -> None:
 
 
 def _instead() -> str:
-    return "put the folder on the machine of the SuperLink and name it by its path there"
+    return "put the folder on the machine of the SuperLink and say its path there with --at"
 
 
 def _pyproject(order: str, name: str) -> str:
