@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 import pictures
 from process_table import alive, children, eventually
+from shoal.federation.job_files import own_part
 
 pytest.importorskip("tensorflow")
 
@@ -187,7 +188,7 @@ def test_an_exported_job_gives_the_same_elsewhere(whole, words, start, tmp_path)
     assert "run it with: shoal federate jobs/tensorflow_mirrored\n" in start(*words, "--export_config").ended()
     assert not (tmp_path / "runs").exists()
     moved = (tmp_path / "jobs" / "tensorflow_mirrored").rename(tmp_path / "moved")
-    assert {"client.py", "data.py", "model.py"} <= {path.name for path in moved.iterdir()}
+    assert {"client.py", "data.py", "model.py"} <= {path.name for path in own_part(moved).iterdir()}
     command = start("shoal", "federate", moved, "--rounds", 2, "--run-dir", tmp_path / "run")
     command.follow(tmp_path / "run")
     command.ended()
