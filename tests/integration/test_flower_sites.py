@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import time
 
@@ -28,6 +27,7 @@ from shoal.deploy.private_site import write_site
 from shoal.deploy.site_settings import Allowed
 from shoal.deploy.started import MARK, StartedProcesses
 from shoal.errors import EngineError
+from shoal.processes.ports import free_ports
 from shoal.processes.table import marked
 
 pytestmark = [
@@ -80,12 +80,6 @@ def stranger(deployment, folder, *words):
         process.wait(20)
 
 
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
 def test_the_result_is_that_of_the_definition_whoever_else_comes(deployment, tmp_path):
     """One with a key that nobody registered, one that trusts another authority, and one without TLS are refused."""
     own = deployment / "certificates" / "ca.crt"
@@ -94,7 +88,7 @@ def test_the_result_is_that_of_the_definition_whoever_else_comes(deployment, tmp
         (tmp_path / name).mkdir()
     write_node_key(tmp_path, "nobody")
     key = ["--auth-supernode-private-key", tmp_path / "nobody"]
-    port = ["--port", free_port()]
+    port = ["--port", *free_ports(1)]
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
         told = {
@@ -104,10 +98,10 @@ def test_the_result_is_that_of_the_definition_whoever_else_comes(deployment, tmp
             "wrong": enter(
                 stranger(
                     *(deployment, tmp_path / "wrong", "--root-certificates", tmp_path / "other" / "ca.crt", *key),
-                    *("--port", free_port()),
+                    *("--port", *free_ports(1)),
                 )
             ),
-            "plain": enter(stranger(deployment, tmp_path / "plain", "--insecure", "--port", free_port())),
+            "plain": enter(stranger(deployment, tmp_path / "plain", "--insecure", "--port", *free_ports(1))),
         }
         run = run_of(deployment, tmp_path).start()
         np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ from shoal.deploy.certificates import ServerCertificates, write_node_key, write_
 from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, toml_string, tool
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
+from shoal.processes.ports import free_ports
 from shoal.runs.files import write_atomic, write_json
 
 ADDRESS = "127.0.0.1"
@@ -32,9 +32,6 @@ ANSWER = 30.0
 
 STOP = 10.0
 """Seconds in which processes that were asked to end must have ended."""
-
-FORCE = 5.0
-"""Seconds in which the system ends what was killed."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -205,18 +202,6 @@ class _Local:
 
     def _said(self, name: str) -> str:
         return f"the last lines of {self._started.log(name)}:\n{self._started.last_lines(name) or '(nothing)'}"
-
-
-def free_ports(count: int) -> list[int]:
-    """Returns ports of loopback that nobody listens at now.
-
-    Flower's processes cannot be handed a socket, so another process may get there first; then theirs ends, and says so.
-    """
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind((ADDRESS, 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _listens(port: int, certificates: ServerCertificates) -> bool:

@@ -25,6 +25,7 @@ from shoal.deploy.nvflare_project import (
 from shoal.deploy.nvflare_session import Session
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import EngineError
+from shoal.processes.ports import free_ports
 
 APPS = "nvflare.private.fed.app"
 
@@ -57,7 +58,7 @@ def up(
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + within
-    port = _free_port()
+    [port] = free_ports(1)
     provision(folder, sites, port)
     started = StartedProcesses(folder)
     try:
@@ -160,10 +161,3 @@ def _listens(port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port

@@ -1,4 +1,4 @@
-"""Free ports of this machine, kept until those that were told of them have done their work."""
+"""Free ports of this machine."""
 
 from __future__ import annotations
 
@@ -24,3 +24,15 @@ def held_ports(count: int) -> Iterator[list[int]]:
             sockets[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sockets[-1].bind(("", 0))
         yield [one.getsockname()[1] for one in sockets]
+
+
+def free_ports(count: int) -> list[int]:
+    """Returns ports of loopback that nobody listens at now, for processes that cannot be handed a socket.
+
+    Another process may get there first; then theirs ends, and says so.
+    """
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

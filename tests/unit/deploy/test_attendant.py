@@ -13,6 +13,7 @@ import pytest
 
 from process_table import alive, eventually
 from shoal.deploy.attendant import ATTENDANT, PrivateSite, main
+from shoal.deploy.bridge import ADDRESS
 from shoal.errors import ConfigurationError, EngineError
 
 pytestmark = [
@@ -106,6 +107,7 @@ def test_one_that_cannot_start_says_why(site):
 
 def test_an_aborted_job_does_not_wait_for_it(site):
     site.start(lambda: ["sleep", "60"], aborted=lambda: True)
+    assert not (site.folder / ADDRESS).exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "--", "true"], ["1", "true", "x"], ["1", "--"]])
