@@ -98,7 +98,7 @@ def draw():
 def test_a_rank_that_is_struck_at_any_moment_is_started_again(jobs, monkeypatch, draw, number):
     """Each site's at a moment of its own; the result is that of an undisturbed run, bit for bit."""
     sites = {f"site-{site}": 2 for site in range(1, MOMENTS + 1)}
-    settings = {"rounds": ROUNDS, "pause": 0.05, "waits": shoal.Deadlines(start=15, reply=60, silence=2, finish=10)}
+    settings = {"rounds": ROUNDS, "pause": 0.05, "waits": shoal.Deadlines(start=20, reply=60, silence=2, finish=10)}
     whole = jobs.job(sites, **settings).run().params["w"]
     others = strikes(monkeypatch, {site: (draw.uniform(0, LONG), number) for site in sites})
     struck = jobs.job(sites, **settings, on_failure="restart").run().params["w"]

@@ -38,8 +38,9 @@ def attend(
         send(server, {"key": address.key, "site": site, "attempt": 0})
         while (attempt := orders.next_launch()) is not None:
             os.environ[ATTEMPT] = str(attempt)
-            told = _launch(body, ranks, orders, address, of_tensorflow=of_tensorflow)
             with contextlib.suppress(OSError):  # the server is gone
+                send(server, {"launching": True, "attempt": attempt})
+                told = _launch(body, ranks, orders, address, of_tensorflow=of_tensorflow)
                 send(server, told | {"attempt": attempt})
         if orders.lost:
             address.remove()  # as the server would have done

@@ -142,6 +142,8 @@ class Hub:
             connection.where = str(message["where"])
         elif message.get("attempt") != state.attempt:  # its launcher tells of ranks that were given up
             return
+        elif "launching" in message:
+            state.since = time.monotonic()  # those of the attempt before took their time to end
         elif "failed" in message:
             state.failure = _failure(message["failed"])
         elif "ended" in message:

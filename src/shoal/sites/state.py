@@ -12,8 +12,8 @@ from shoal.processes.tensors import TensorFile
 from shoal.sites.connection import LEFT, Connection
 from shoal.sites.spec import Site
 
-NEWS = 3.0
-"""Seconds in which a site's launcher should tell how a rank ended whose connection is closed."""
+NEWS = 10.0
+"""Seconds in which a site's launcher should tell how a rank ended whose connection is closed, on a busy machine too."""
 
 PATIENCE = 5.0
 """How many times longer a rank may be silent that is seen to compute: long work in C keeps Python from its threads."""
@@ -168,7 +168,7 @@ class SiteState:
         if found is None or found.state in "TtZX":
             return "was stopped, as by SIGSTOP" if found and found.state in "Tt" else "is gone"
         before = self._looks.get(number)
-        if before is None or found.ticks > before[1].ticks:
+        if before is None or found.ticks > before[1].ticks or found.state == "R":  # or waits for its turn to compute
             self._looks[number] = (now, found)
             if now - rank.heard < PATIENCE * deadlines.silence:
                 return None
@@ -177,13 +177,14 @@ class SiteState:
         return f"has given no sign of life for {now - rank.heard:.0f} s"
 
     def _late(self, deadlines: Deadlines, now: float) -> Failure | None:
-        if not self.ready:
+        if missing := [str(rank) for rank in range(self.site.ranks) if self._doing(rank) == "starting"]:
             if now - self.since > deadlines.start:
-                missing = [str(rank) for rank in range(self.site.ranks) if self._doing(rank) == "starting"]
                 return Failure(
                     silent=True,
                     what=f"rank {', '.join(missing)} did not ask for a task within {deadlines.start:g} s of its start",
                 )
+        elif not self.ready:  # a rank is gone, and how it ended is not yet known
+            return None
         elif (self.task is not None or self.expected) and self.reply is None and now - self.since > deadlines.reply:
             slow = next((rank for rank, each in sorted(self.ranks.items()) if self._holds_up(each)), 0)
             what = "did not come for its next task" if self.expected else "gave no reply"

@@ -225,6 +225,19 @@ def test_a_launcher_tells_of_its_own_attempt_alone(hub):
     assert state.ended
 
 
+def test_the_time_to_start_is_counted_from_the_launch(hub):
+    """The ranks of the attempt before may have taken their time to end."""
+    caller, state = call(hub, rank=None), hub.states["a"]
+    state.attempt, state.since = 1, 0.0
+    send(caller, {"launching": True, "attempt": 0})
+    poll(hub)
+    assert state.since == 0.0
+    before = time.monotonic()
+    send(caller, {"launching": True, "attempt": 1})
+    poll(hub)
+    assert before <= state.since <= time.monotonic()
+
+
 def test_what_waits_is_sent_when_the_other_end_takes_it(hub):
     caller = call(hub)
     connection = hub.states["a"].ranks[0]

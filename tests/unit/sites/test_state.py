@@ -95,6 +95,12 @@ def test_a_rank_that_computes_may_be_silent_for_longer(monkeypatch):
     assert "has given no sign of life for 40 s" in trouble(state, PATIENCE * WAITS.silence)
 
 
+def test_so_may_one_that_waits_for_a_core(monkeypatch):
+    state = silent(monkeypatch, [Standing("R", 5)] * 100)
+    assert [trouble(state, seconds) for seconds in range(9, int(PATIENCE * WAITS.silence))] == [None] * 31
+    assert "has given no sign of life for 40 s" in trouble(state, PATIENCE * WAITS.silence)
+
+
 def test_a_rank_that_does_nothing_may_not(monkeypatch):
     state = silent(monkeypatch, [Standing("S", 5)] * 100)
     assert trouble(state, 9) is None
@@ -118,6 +124,13 @@ def test_ranks_that_do_not_come_are_told_by_their_numbers():
     assert trouble(state, 50) is None
     assert trouble(state, 50.1) == "rank 0, 1, 2 did not ask for a task within 50 s of its start"
     assert state.trouble(WAITS, NOW + 50.1).silent
+
+
+def test_a_rank_that_ends_in_a_long_task_is_not_late_to_start():
+    state = site(rank(), rank(gone=True), task=2)
+    state.since = NOW - 1000
+    assert trouble(state, 1) is None
+    assert trouble(state, NEWS) == "rank 1 (process 77) ended before the federation did"
 
 
 def test_a_reply_that_does_not_come_is_told():
