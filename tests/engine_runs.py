@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -68,6 +71,28 @@ class Run:
             self._submit(order, scratch, self.lines.append)
         except BaseException as error:
             self.error = error
+
+
+def exported_and_submitted(folder, engine, server, **env):
+    """Exports the experiment and submits it by command, as to a server somewhere else; returns the run's folder.
+
+    Args:
+        folder: For the test's files.
+        engine: ``flower`` or ``nvflare``.
+        server: As ``shoal submit`` takes it.
+        env: Environment variables beside this process's own.
+    """
+    pids, there, run = folder / "pids", folder / "exported", folder / "home" / "run"
+    pids.mkdir()
+    more = ["--to", engine, "--name", "two", "--at", FILE, "--set", f"pids={pids}"]
+    for words in (["export", FILE, there, *more], ["submit", there, server, "--run-dir", run]):
+        done = subprocess.run(
+            [sys.executable, "-m", "shoal", *map(str, words)], env={**os.environ, **env}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=280, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert f"the run is in {run}" in done.stdout
+    return run
 
 
 def cmdline(pid):

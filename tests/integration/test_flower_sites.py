@@ -12,17 +12,18 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 pytest.importorskip("flwr")
 
 from engine_experiment import SITES, expected_weights, ranks_of
-from engine_runs import FILE, Run, cmdline, ranks_at
+from engine_runs import FILE, Run, cmdline, exported_and_submitted, ranks_at
 from process_table import alive, eventually
 from shoal.deploy.certificates import write_node_key, write_server_certificates
 from shoal.deploy.flower_app import write_app
 from shoal.deploy.flower_local import commands, down, up
 from shoal.deploy.flower_submit import submit
-from shoal.deploy.flower_tools import CONNECTION, environment, tool
+from shoal.deploy.flower_tools import CONNECTION, HOME, environment, tool
 from shoal.deploy.private_site import write_site
 from shoal.deploy.site_settings import Allowed
 from shoal.deploy.started import MARK, StartedProcesses
@@ -121,6 +122,13 @@ def assert_recorded(path):
     own = [line for line in lines if line.get("kind") == "train"]
     assert [line["round"] for line in own[-3:]] == [1, 2, 3]
     assert own[-1]["sent"]["arrays"]["w"]["shape"] == [5]
+
+
+def test_an_exported_app_comes_home_as_a_run(deployment, tmp_path):
+    """For whoever submits it, the SuperLink is one that Flower's own configuration names."""
+    run = exported_and_submitted(tmp_path, "flower", CONNECTION, FLWR_HOME=str(deployment / HOME))
+    np.testing.assert_allclose(load_file(run / "model.safetensors")["w"], expected_weights(), atol=1e-6)
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(deployment, tmp_path):

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file
 pytest.importorskip("nvflare")
 
 from engine_experiment import SITES, expected_weights, experiment, ranks_of
-from engine_runs import FILE, Run, cmdline, ranks_at
+from engine_runs import FILE, Run, cmdline, exported_and_submitted, ranks_at
 from process_table import alive, eventually
 from shoal.deploy.nvflare_job import RUN, write_job
 from shoal.deploy.nvflare_local import down, up
-from shoal.deploy.nvflare_project import environment, site_folder
+from shoal.deploy.nvflare_project import ADMIN, environment, kits, site_folder
 from shoal.deploy.nvflare_submit import simulate, submit
 from shoal.deploy.private_site import write_site
 from shoal.deploy.site_settings import Allowed
@@ -144,6 +144,11 @@ def test_the_result_on_a_server_is_that_of_the_definition(deployment, tmp_path):
     run = run_of(deployment, tmp_path).start()
     np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)
     assert len(ranks_of(run.pids)) == 2 * 2 + 2
+
+
+def test_an_exported_job_comes_home_as_a_run(deployment, tmp_path):
+    """For whoever submits it, the server is one that an administrator's startup kit leads to."""
+    assert_as_expected(exported_and_submitted(tmp_path, "nvflare", kits(deployment) / ADMIN), tmp_path / "pids")
 
 
 def test_a_rank_that_is_killed_is_started_again_and_nothing_is_lost(deployment, tmp_path):

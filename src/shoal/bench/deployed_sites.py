@@ -26,7 +26,7 @@ WITHIN = 3600.0
 
 
 class DeployedSites:
-    """Starts a server and sites for all cases.
+    """Starts a server and sites anew for each case: what one has left in the server's memory would help the next.
 
     Args:
         engine: ``flower`` or ``nvflare``.
@@ -49,13 +49,10 @@ class DeployedSites:
         self._server = self._local.SUPERLINK if engine == "flower" else f"nvflare-{self._local.SERVER}"
 
     def __enter__(self) -> Self:
-        allowed = [Allowed(name=EXPERIMENT, source=EXPERIMENT, settings=("*",), devices=self._ranks, accelerator="cpu")]
-        commands = {name: write_site(self._folder / "sites" / name, name, allowed) for name in self._names}
-        self._local.up(self._folder, self._names, commands, within=START)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._local.down(self._folder, within=20.0)
+        pass
 
     def run(self, case: SiteCase, folder: Path) -> SiteRun:
         """Runs a federation, and returns what was noted of it.
@@ -64,6 +61,15 @@ class DeployedSites:
             EngineError: It did not end well.
         """
         folder.mkdir(parents=True)
+        allowed = [Allowed(name=EXPERIMENT, source=EXPERIMENT, settings=("*",), devices=self._ranks, accelerator="cpu")]
+        commands = {name: write_site(self._folder / "sites" / name, name, allowed) for name in self._names}
+        self._local.up(self._folder, self._names, commands, within=START)
+        try:
+            return self._run(case, folder)
+        finally:
+            self._local.down(self._folder, within=20.0)
+
+    def _run(self, case: SiteCase, folder: Path) -> SiteRun:
         with ServerMemory(StartedProcesses(self._folder).pids()[self._server]) as memory:
             if case.own:
                 from shoal.bench.engine_fedavg import run_own

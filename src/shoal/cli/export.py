@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from shoal.cli.options import check_resume
 from shoal.errors import unknown_name
 
 TARGETS = ("flower", "nvflare")
@@ -29,6 +30,7 @@ def export(
     run_dir: Annotated[
         Path | None, typer.Option(help="The run's folder on the server's machine; a new one if left out.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Have the server go on with the run in --run-dir.")] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting, such as rounds=5 or lr=0.1.")
     ] = None,
@@ -38,6 +40,7 @@ def export(
     from shoal.experiments import BUILT_IN, build, load, parse_settings
     from shoal.experiments.sources import allowed_name, files_of
 
+    check_resume(resume, run_dir)
     if to not in TARGETS:
         raise unknown_name("target of an export", to, TARGETS)
     chosen = parse_settings(settings or [])
@@ -48,14 +51,15 @@ def export(
         name=name or allowed_name(experiment),
         settings=chosen,
         run_dir="" if run_dir is None else str(run_dir),
+        resume=resume,
     )
     if to == "flower":
         from shoal.deploy.flower_app import write_app
 
         write_app(folder, order=order.to_json(), name=order.name, files=files)
-        print(f"{folder} is a Flower app: flwr run {folder} SUPERLINK --stream")
+        print(f"{folder} is a Flower app: shoal submit {folder} SUPERLINK, or flwr run {folder} SUPERLINK")
         return
     from shoal.deploy.nvflare_job import write_job
 
     write_job(folder, order=order.to_json(), name=order.name, files=files, own_code=at is None)
-    print(f"{folder} is an NVFlare job: nvflare job submit -j {folder}")
+    print(f"{folder} is an NVFlare job: shoal submit {folder} STARTUP_KIT, or nvflare job submit -j {folder}")

@@ -15,6 +15,7 @@ from shoal.cli.export import export
 from shoal.cli.federate import demo, federate
 from shoal.cli.report import report
 from shoal.cli.site import site
+from shoal.cli.submit import submit
 from shoal.cli.train import train
 from shoal.version import __version__
 
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, train, federate, export, site, report, doctor):
+for command in (demo, train, federate, export, submit, site, report, doctor):
     app.command()(guarded(command))
 for group in (deploy, bench):
     app.add_typer(group)

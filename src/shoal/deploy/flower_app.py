@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from shoal.deploy.flower_server import FILES, NONCE, ORDER
 from shoal.deploy.flower_tools import toml_string
 from shoal.errors import ConfigurationError
-from shoal.runs.files import storing, write_atomic
+from shoal.runs.files import is_taken, storing, write_atomic
 from shoal.version import __version__
 
 SUFFIXES = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
@@ -59,7 +59,7 @@ def write_app(folder: Path, *, order: str, name: str, files: Mapping[str, Path])
         ConfigurationError: The folder has something in it, or Flower does not carry one of the files.
         StorageError: The folder cannot be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigurationError(f"{folder} is there already: export to a new folder")
     carried = _carried(files)
     with storing(folder):

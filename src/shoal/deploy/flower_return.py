@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import EngineError, RunFolderError
-from shoal.runs.files import storing, sync_file, sync_folder, temporary_name
+from shoal.runs.files import is_taken, storing, sync_file, sync_folder, temporary_name
 
 PARTS = ("config.json", "metrics.jsonl", "partition.json", "classes.json", "model.safetensors", "report.html")
 """The files that are brought: what says how the run went, and what came of it."""
@@ -60,7 +60,7 @@ class Parts:
     """
 
     def __init__(self, nonce: str, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise RunFolderError(f"{folder} is there already: name a new folder for the run")
         self._head = f"{MARK} {nonce} "
         self._folder = folder

@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import secrets
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -48,9 +49,10 @@ def serve(config: Mapping[str, Any], folder: Path, read: Callable[[str], Any], r
     try:
         with _ctrl_c():
             order = read(_order_text(config))
-            order = dataclasses.replace(
-                order, experiment=located(order.experiment, folder), run_dir=order.run_dir or _new_folder()
-            )
+            order = dataclasses.replace(order, experiment=located(order.experiment, folder))
+            if not order.run_dir:
+                order = dataclasses.replace(order, run_dir=_new_folder())
+                print(f"on {socket.gethostname()} the run is in {order.run_dir}", flush=True)  # noqa: T201 - Flower's log
             run(order)
     except ShoalError as error:
         say(f"failed: {error}")

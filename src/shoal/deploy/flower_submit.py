@@ -51,7 +51,7 @@ FLOWERS = re.compile(
 
 
 def submit(
-    folder: Path,
+    folder: Path | None,
     app: Path,
     *,
     connection: str,
@@ -62,8 +62,8 @@ def submit(
     """Runs an app on a SuperLink, and returns when the run has completed; Ctrl-C stops it there too.
 
     Args:
-        folder: Of a deployment on this machine, whose SuperLink is meant; of any other, the user's own Flower
-            configuration says where the SuperLink is.
+        folder: Of a deployment on this machine, whose SuperLink is meant; None where the user's own Flower
+            configuration says which is.
         app: Written by ``write_app``.
         connection: The SuperLink's name in Flower's configuration.
         show: Gets each line that the run writes.
@@ -76,7 +76,7 @@ def submit(
         EngineError: The SuperLink is not there, or the run did not complete; with what it wrote last.
         RunInterrupted: Ctrl-C came; the run was stopped.
     """
-    home = home_of(folder)
+    home = None if folder is None else home_of(folder)
     env = environment(home)
     _check_reached(home, connection, env)
     nonce = secrets.token_hex(8)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ConfigurationError
-from shoal.runs.files import write_json
+from shoal.runs.files import is_taken, write_json
 
 APP = "app"
 """The folder in the job of what server and clients are given."""
@@ -155,7 +155,7 @@ def _check(folder: Path, name: str, order: str, sites: Sequence[str], min_client
         raise ConfigurationError("the names of sites must differ, and none may be 'server', which is NVFlare's own")
     if min_clients < 1 or (sites and min_clients > len(sites)):
         raise ConfigurationError(f"min_clients must be from 1 to the number of sites, not {min_clients}")
-    if folder.exists() and any(folder.iterdir()):
+    if is_taken(folder):
         raise ConfigurationError(f"{folder} is not empty: choose another folder for the job")
     if type(json.loads(order)) is not dict:
         raise ConfigurationError("the order must be a JSON object")

@@ -90,6 +90,9 @@ class Job:
     def __post_init__(self) -> None:
         if (self.script is None) == (self.learner is None):
             raise ConfigurationError("a job has either a script=… or a learner=… for its sites")
+        given: Any = self.sites
+        if not isinstance(given, Sequence) or not all(isinstance(site, Site) for site in given):
+            raise ConfigurationError(f"sites must be a list such as [shoal.Site('site-1'), …], not {given!r:.60}")
         if not self.sites:
             raise ConfigurationError("a job has at least one site: sites=[shoal.Site('site-1'), …]")
         names = [site.name for site in self.sites]

@@ -26,7 +26,7 @@ from shoal.errors import ConfigurationError
 from shoal.federation.job import Job
 from shoal.learners.script import FirstModel, ScriptLearner
 from shoal.runs.checkpoints import save_model
-from shoal.runs.files import storing, write_json
+from shoal.runs.files import is_taken, storing, write_json
 from shoal.sites import Deadlines, Site
 
 JOB, MODEL = "job.json", "model.safetensors"
@@ -60,7 +60,7 @@ def export_job(job: Job, folder: Path) -> None:
         raise ConfigurationError(
             "a job with a learner=… holds Python objects, which are no files: export one with a script=…"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ConfigurationError(f"{folder} is there already: export to a new folder")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", job.name).strip("-._") or "job"
     with tempfile.TemporaryDirectory(prefix="shoal-") as scratch:

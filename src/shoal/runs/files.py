@@ -45,6 +45,11 @@ def write_json(path: Path, content: Any) -> None:
     write_atomic(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def is_taken(folder: Path) -> bool:
+    """Tells whether there is something in the place of a new folder; an empty one is none."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def sync_file(path: Path) -> None:
     """Makes a file's content durable."""
     with path.open("rb") as stream:
