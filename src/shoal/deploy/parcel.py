@@ -19,6 +19,7 @@ from shoal.processes.tensors import (
     anonymous_file,
     as_bytes,
     dtype_name,
+    seal,
     size_of,
     view,
 )
@@ -104,6 +105,7 @@ def write_parcel(parcel: Parcel) -> int:
     try:
         with open(fd, "wb", closefd=False) as file:
             write_parcel_to(parcel, file)
+        seal(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -135,7 +137,9 @@ def write_parcel_to(parcel: Parcel, file: IO[bytes]) -> None:
 
 
 def read_parcel(fd: int) -> Parcel:
-    """Returns a copy of the parcel that another process has written; closes the file descriptor.
+    """Returns the parcel that another process has written; closes the file descriptor.
+
+    Nobody can change it meanwhile: it is sealed, or copied.
 
     Raises:
         ValueError: The memory does not hold one.
@@ -148,12 +152,26 @@ def read_parcel(fd: int) -> Parcel:
             raise ValueError(f"a parcel has no meta data: {type(error).__name__}") from error
         if type(meta) is not dict:
             raise ValueError("a parcel's meta data must be a JSON object")
-        told = sum(entry.end - entry.start for entry in file.entries.values())
-        if told > file.nbytes:  # the same bytes many times would be more in memory than whoever sent them had
-            raise ValueError(f"a parcel's arrays overlap: they are {told} bytes, and it has {file.nbytes}")
-        tensors = {}
-        for name, entry in file.entries.items():
+        return Parcel(meta=meta, tensors=tensors_in(file))
+
+
+def tensors_in(file: TensorFile) -> dict[str, RawTensor]:
+    """Returns the arrays of a file, which may then be closed: without a copy, where nobody can change it.
+
+    Raises:
+        ValueError: They overlap.
+    """
+    told = sum(entry.end - entry.start for entry in file.entries.values())
+    if told > file.nbytes:  # the same bytes many times would be more in memory than whoever sent them had
+        raise ValueError(f"a parcel's arrays overlap: they are {told} bytes, and it has {file.nbytes}")
+    memory = file.mapped()
+    tensors = {}
+    for name, entry in file.entries.items():
+        aligned = (PREFIX + len(file.header) + entry.start) % size_of(entry.dtype) == 0
+        if memory is not None and aligned:
+            data = memory[entry.start : entry.end]
+        else:
             data = np.empty(entry.end - entry.start, np.uint8)
             file.fill(data, entry.start)
-            tensors[name] = RawTensor(entry.dtype, entry.shape, data.data)
-    return Parcel(meta=meta, tensors=tensors)
+        tensors[name] = RawTensor(entry.dtype, entry.shape, data.data)
+    return tensors

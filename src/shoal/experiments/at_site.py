@@ -28,7 +28,7 @@ from shoal import trees
 from shoal.data import Population
 from shoal.deploy.answer import Answer
 from shoal.deploy.checks import Spec, misfit
-from shoal.deploy.parcel import Parcel, RawTensor, array_of, raw, read_parcel, write_parcel
+from shoal.deploy.parcel import Parcel, RawTensor, array_of, read_parcel, tensors_in, write_parcel
 from shoal.deploy.request import Request
 from shoal.engines import SitesEngine
 from shoal.errors import ConfigurationError, ShoalError, SiteError
@@ -135,7 +135,7 @@ class SiteWork:
     def _given(self, request: Request, reply: Reply) -> Parcel:
         tensors: dict[str, RawTensor] = {}
         if reply.file is not None:
-            tensors = {name: raw(reply.file.read(name)) for name in reply.file.entries}
+            tensors = tensors_in(reply.file)
         return self._said(
             request,
             tensors,

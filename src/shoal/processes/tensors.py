@@ -1,14 +1,18 @@
 """Trees of arrays in anonymous shared memory, in the format of safetensors.
 
 The memory is a file without a name that a socket hands from one process to the next; the system frees it when the last
-of them lets go of it. Whoever reads it trusts nothing in it, and copies: another process may change it at any time.
+of them lets go of it. Whoever reads it trusts nothing in it. It is copied, because another process may change it at any
+time, unless who wrote it has sealed it, so that the system lets nobody change it any more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import math
+import mmap
 import os
 from typing import Any, NamedTuple
 
@@ -47,7 +51,12 @@ PREFIX = 8
 LARGEST_HEADER = 1 << 27
 """Bytes of the largest header to take."""
 
-MFD_CLOEXEC = 1
+MFD_CLOEXEC, MFD_ALLOW_SEALING = 1, 2
+
+F_ADD_SEALS, F_GET_SEALS = 1033, 1034
+
+SEALS = 1 | 2 | 4 | 8
+"""Of further seals, shrinking, growing and writing. Python has names for them only where its libc had them."""
 
 
 class Entry(NamedTuple):
@@ -92,6 +101,7 @@ def write_tensors(tree: Params) -> int:
             file.write(header)
             for name in entries:
                 file.write(as_bytes(tree[name]).data)
+        seal(fd)
     except BaseException:
         os.close(fd)
         raise
@@ -115,6 +125,12 @@ def plan(tree: Params) -> dict[str, Entry]:
         start, end = end, end + math.prod(shape) * size_of(kinds[name])
         entries[name] = Entry(kinds[name], shape, start, end)
     return entries
+
+
+def seal(fd: int) -> None:
+    """Has the system refuse all changes of shared memory from now on; whoever reads it need not copy it then."""
+    with contextlib.suppress(OSError):  # an old system: it is copied
+        fcntl.fcntl(fd, F_ADD_SEALS, SEALS)
 
 
 def read_only(fd: int) -> int:
@@ -195,6 +211,19 @@ class TensorFile:
                 raise ValueError("shared memory was cut while it was read")
             done += got
 
+    def mapped(self) -> np.ndarray | None:
+        """Returns the arrays' part, uint8, without a copy; None where somebody could yet change it.
+
+        What is written to it is this process's own.
+        """
+        try:
+            if fcntl.fcntl(self._fd, F_GET_SEALS) & SEALS != SEALS:
+                return None
+            memory = mmap.mmap(self._fd, self._size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError:  # it is no shared memory, but a file; or there is no room for so much
+            return None
+        return np.frombuffer(memory, np.uint8)[PREFIX + len(self.header) :]
+
     def _read_header(self) -> bytes:
         length = int.from_bytes(os.pread(self._fd, PREFIX, 0), "little")
         if not 2 <= length <= min(self._size - PREFIX, LARGEST_HEADER):
@@ -253,9 +282,9 @@ def anonymous_file(name: str) -> int:
         name: Shown in the process table's list of open files.
     """
     if hasattr(os, "memfd_create"):
-        return os.memfd_create(name)
+        return os.memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING)
     # Many builds of Python were made with a libc that lacks it, and run with one that has it.
-    fd: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), MFD_CLOEXEC)
+    fd: int = ctypes.CDLL(None, use_errno=True).memfd_create(name.encode(), MFD_CLOEXEC | MFD_ALLOW_SEALING)
     if fd < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return fd

@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from process_table import open_files
-from shoal.deploy.parcel import META, METADATA, Parcel, RawTensor, array_of, raw, raw_tree, read_parcel, write_parcel
+from shoal.deploy.parcel import (
+    META,
+    METADATA,
+    Parcel,
+    RawTensor,
+    array_of,
+    raw,
+    raw_tree,
+    read_parcel,
+    write_parcel,
+    write_parcel_to,
+)
 from shoal.deploy.spool import spooled
 from shoal.processes.tensors import CODES, NOT_NUMPYS, anonymous_file, size_of
 
@@ -55,7 +66,39 @@ def test_what_is_written_is_read(parcel):
     found = read_parcel(write_parcel(parcel))
     same(parcel, found)
     assert found.nbytes == parcel.nbytes
+    del found
     assert open_files() == before
+
+
+def unsealed(parcel):
+    fd = anonymous_file("test")
+    with open(fd, "wb", closefd=False) as file:
+        write_parcel_to(parcel, file)
+    return fd
+
+
+@given(parcels)
+def test_what_nobody_has_sealed_is_copied(parcel):
+    fd = unsealed(parcel)
+    size = os.fstat(fd).st_size
+    found = read_parcel(os.dup(fd))
+    os.pwrite(fd, b"\xff" * size, 0)
+    os.ftruncate(fd, 0)
+    os.close(fd)
+    same(parcel, found)
+
+
+def test_what_is_written_can_be_changed_by_nobody_and_what_is_read_belongs_to_its_reader():
+    parcel = Parcel(meta={}, tensors=raw_tree({"w": np.arange(4, dtype=np.float32)}))
+    fd = write_parcel(parcel)
+    for change in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: os.ftruncate(fd, 1 << 20)):
+        with pytest.raises(PermissionError):
+            change()
+    first, second = read_parcel(os.dup(fd)), read_parcel(fd)
+    own = array_of(first.tensors["w"], framework="torch")
+    own += 1
+    assert own.tolist() == [1, 2, 3, 4]
+    same(parcel, second)
 
 
 @given(parcels)
@@ -170,7 +213,7 @@ def test_garbage_is_refused_and_closed(data):
 @given(parcels, st.data())
 def test_a_file_that_is_cut_is_refused(parcel, data):
     before = open_files()
-    fd = write_parcel(parcel)
+    fd = unsealed(parcel)
     size = os.fstat(fd).st_size
     cut = data.draw(st.integers(0, size - 1))
     os.ftruncate(fd, cut)

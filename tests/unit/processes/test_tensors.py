@@ -195,7 +195,9 @@ def test_a_file_that_was_cut_is_refused(length):
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_told():
-    fd = write_tensors({"w": np.arange(1000.0)})
+    sealed, fd = write_tensors({"w": np.arange(1000.0)}), anonymous_file("test")
+    os.write(fd, os.pread(sealed, 1 << 20, 0))
+    os.close(sealed)
     with TensorFile(os.dup(fd)) as file:
         os.ftruncate(fd, 500)
         with pytest.raises(ValueError, match="cut while it was read"):
