@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import pictures
 import shoal
@@ -78,9 +80,11 @@ def test_a_job_of_two_sites_with_two_ranks_each(example, run, images, tmp_path):
 def exported(run, images, tmp_path):
     """Exports the job of an example, and takes it elsewhere; returns its folder."""
 
-    def exported(example):
-        words = ("--n_clients", 1, "--devices_per_client", 1, "--num_rounds", 1, "--images", 80, "--export_config")
-        said = run(sys.executable, EXAMPLES / example / "job.py", *words, "--data_dir", images, *QUICK)
+    def exported(example, sites=1, devices=1, rounds=1):
+        words = ("--n_clients", sites, "--devices_per_client", devices, "--num_rounds", rounds, "--images", 80)
+        said = run(
+            sys.executable, EXAMPLES / example / "job.py", *words, "--data_dir", images, *QUICK, "--export_config"
+        )
         assert said == f"run it with: shoal federate jobs/{example}\n"
         assert not (tmp_path / "runs").exists()
         return (tmp_path / "jobs" / example).rename(tmp_path / "moved")
@@ -102,6 +106,23 @@ def test_an_exported_job_of_lightning_is_whole(exported):
     assert {"client.py", "data.py", "model.py"} <= {path.name for path in Path(job.script).parent.iterdir()}
     assert [(site.name, site.devices) for site in job.sites] == [("site-1", 1)]
     assert "--root_dir" not in job.args  # which is a run's
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.xdist_group("nvflare")
+def test_a_job_of_lightning_at_real_sites_gives_what_it_gives_at_home(exported, run, tmp_path):
+    pytest.importorskip("nvflare")
+    from shoal.deploy.nvflare_submit import simulate
+
+    job = exported("lightning_ddp", sites=2, devices=2, rounds=2)
+    run("shoal", "federate", job, "--run-dir", tmp_path / "home")
+    sites = simulate(job, tmp_path / "workspace", ["site-1", "site-2"], show=print, within=280)
+    assert measured(sites) == pytest.approx(measured(tmp_path / "home"), abs=1e-6)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (sites, tmp_path / "home"))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, atol=1e-6, rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("example", ["torch_ddp", "lightning_ddp"])

@@ -15,7 +15,7 @@ pytest.importorskip("nvflare")
 
 from process_table import eventually
 from shoal.deploy.nvflare_job import write_job
-from shoal.deploy.nvflare_local import commands, up
+from shoal.deploy.nvflare_local import commands, down, up
 from shoal.deploy.nvflare_project import kits, site_folder
 from shoal.deploy.nvflare_submit import simulate, submit
 from shoal.deploy.private_site import write_site
@@ -180,7 +180,7 @@ def test_administrators_are_told_what_to_type(deployment):
         assert str(kits(deployment) / site) in told
 
 
-def test_stopping_ends_the_processes_of_a_running_job(tmp_path):
+def test_stopping_ends_the_processes_of_a_running_job_and_a_new_start_runs_others(tmp_path):
     folder = tmp_path / "deployment"
     up(folder, ["site-1"], {}, within=120)
     submitted = threading.Thread(target=submit_and_fail, args=(folder, tmp_path / "job"), daemon=True)
@@ -188,8 +188,13 @@ def test_stopping_ends_the_processes_of_a_running_job(tmp_path):
         submitted.start()
         assert eventually(lambda: len(job_processes(folder)) == 2, seconds=60)
     finally:
-        StartedProcesses(folder).stop(within=20)
+        down(folder, within=20)
     assert marked(MARK, str(folder)) == []
+    up(folder, ["site-1"], {}, within=120)
+    try:
+        submit(folder, echo_job(tmp_path / "next", count=1), show=print, within=100)
+    finally:
+        down(folder, within=20)
 
 
 def submit_and_fail(folder, job):

@@ -195,6 +195,16 @@ def test_an_exported_job_gives_the_same_elsewhere(whole, words, start, tmp_path)
     assert_equal(tmp_path / "run", whole[0], rounds=2)
 
 
+@pytest.mark.slow
+def test_at_real_sites_it_gives_the_same(whole, words, start, tmp_path):
+    pytest.importorskip("nvflare")
+    from shoal.deploy.nvflare_submit import simulate
+
+    start(*words, "--export_config").ended()
+    job = tmp_path / "jobs" / "tensorflow_mirrored"
+    assert_equal(simulate(job, tmp_path / "workspace", ["site-1", "site-2"], show=print, within=280), whole[0])
+
+
 def assert_equal(run_dir, other, rounds=ROUNDS):
     """Two runs have measured the same in their first rounds and, if these are all, ended with the same model."""
     ours, theirs = measured(run_dir), measured(other)[:rounds]

@@ -33,8 +33,12 @@ LOOPBACK = "localhost,127.0.0.1,::1"
 
 
 def kits(folder: Path) -> Path:
-    """Returns where the startup kits of a deployment are, one folder for each participant."""
-    return folder / PROJECT / "prod_00"
+    """Returns where the startup kits of a deployment are, one folder for each participant.
+
+    NVFlare makes new ones at each start, and counts them.
+    """
+    made = (folder / PROJECT).glob("prod_*")
+    return max(made, key=lambda path: int(path.name.removeprefix("prod_")), default=folder / PROJECT / "prod_00")
 
 
 def site_folder(folder: Path, site: str) -> Path:
