@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.deploy.bridge import forward
+from shoal.deploy.flower_clientapp import replace
 from shoal.deploy.flower_records import parcel_of, records_of
 from shoal.deploy.parcel import Parcel
 from shoal.errors import ConfigurationError, MissingExtraError, ShoalError
@@ -109,3 +110,19 @@ server_app = make_server_app(Path())
 client_app = ClientApp()
 """The ClientApp of every site: it knows no model, and imports no framework."""
 client_app.train()(_answer)
+
+
+def main() -> None:
+    """Is the process that ``shoal supernode`` starts for each message: ``python -m shoal.flower …``.
+
+    It is Flower's ``flwr-clientapp``, but for the app: nothing of it is unpacked, installed or imported.
+    """
+    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
+    from flwr.supernode.runtime import run_clientapp
+
+    replace(run_clientapp, client_app)
+    flwr_clientapp()
+
+
+if __name__ == "__main__":
+    main()

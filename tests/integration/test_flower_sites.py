@@ -57,6 +57,8 @@ def run_of(deployment, folder, **settings):
 
     def submitted(order, scratch, show):
         write_app(scratch, order=order.to_json(), name="two", files={})
+        # No site runs what whoever submits an app has put into it.
+        (scratch / "client_app.py").write_text(f"app = open({str(folder / 'ran')!r}, 'w')\nraise SystemExit(1)\n")
         submit(deployment, scratch, connection=CONNECTION, show=show, within=280)
 
     return Run(submitted, folder, **settings)
@@ -106,6 +108,7 @@ def test_the_result_is_that_of_the_definition_whoever_else_comes(deployment, tmp
         }
         run = run_of(deployment, tmp_path).start()
         np.testing.assert_allclose(run.end(), expected_weights(), atol=1e-6)
+        assert not (tmp_path / "ran").exists()
         time.sleep(2)
         for name, said in told.items():
             assert "ERROR" in said() or "WARN" in said() or "Traceback" in said(), (name, said())

@@ -63,7 +63,9 @@ class DeployedSites:
         folder.mkdir(parents=True)
         allowed = [Allowed(name=EXPERIMENT, source=EXPERIMENT, settings=("*",), devices=self._ranks, accelerator="cpu")]
         commands = {name: write_site(self._folder / "sites" / name, name, allowed) for name in self._names}
-        self._local.up(self._folder, self._names, commands, within=START)
+        # Flower's own FedAvg has clients of its own.
+        more = {"app_code": True} if case.own and self._engine == "flower" else {}
+        self._local.up(self._folder, self._names, commands, within=START, **more)
         try:
             return self._run(case, folder)
         finally:

@@ -16,6 +16,7 @@ from shoal.cli.federate import demo, federate
 from shoal.cli.report import report
 from shoal.cli.site import site
 from shoal.cli.submit import submit
+from shoal.cli.supernode import supernode
 from shoal.cli.train import train
 from shoal.version import __version__
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in (demo, train, federate, export, submit, site, report, doctor):
     app.command()(guarded(command))
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(guarded(supernode))
 for group in (deploy, bench):
     app.add_typer(group)
 

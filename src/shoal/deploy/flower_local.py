@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.deploy.certificates import ServerCertificates, write_node_key, write_server_certificates
+from shoal.deploy.flower_supernode import supernode_command, without_app_code
 from shoal.deploy.flower_tools import CONNECTION, HOME, call, environment, toml_string, tool
 from shoal.deploy.started import StartedProcesses
 from shoal.errors import ConfigurationError, EngineError
@@ -38,7 +39,14 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SUPERLINK = "superlink"
 
 
-def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[str]], *, within: float) -> None:
+def up(
+    folder: Path,
+    sites: Sequence[str],
+    site_commands: Mapping[str, Sequence[str]],
+    *,
+    within: float,
+    app_code: bool = False,
+) -> None:
     """Starts a federation of Flower's on this machine, with TLS and a key for each site, and waits until all are there.
 
     What an earlier deployment in the folder has kept, such as its list of runs, is replaced; its logs stay until they
@@ -49,6 +57,7 @@ def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[
         sites: Their names.
         site_commands: By site, the command of the site's own process, which gets the parcels.
         within: Seconds.
+        app_code: Whether the SuperNodes run the ClientApps of apps, as Flower does, and not shoal's own alone.
 
     Raises:
         ConfigurationError: The names cannot be, or a deployment runs in this folder.
@@ -63,7 +72,7 @@ def up(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Sequence[
         raise ConfigurationError(
             f"a deployment runs in {folder} ({', '.join(running)}): end it with `shoal deploy down` first"
         )
-    local = _Local(folder, started, until)
+    local = _Local(folder, started, until, app_code=app_code)
     try:
         local.start(sites, site_commands)
     except BaseException:
@@ -104,8 +113,8 @@ def commands(folder: Path) -> list[str]:
         server += [
             f"# at {site}, with ca.crt and its own key",
             f"shoal site sites/{site} &",
-            "flower-supernode --superlink HOST:8000 --root-certificates ca.crt "
-            f"--auth-supernode-private-key {site} --node-config \"shoal-site='$PWD/sites/{site}'\"",
+            f"shoal supernode sites/{site} --superlink HOST:8000 --root-certificates ca.crt "
+            f"--auth-supernode-private-key {site}",
         ]
     return server
 
@@ -117,10 +126,12 @@ class _Local:
         folder: Where everything is written.
         started: The processes.
         until: When all must be there, on the monotonic clock.
+        app_code: Whether the SuperNodes run the ClientApps of apps.
     """
 
-    def __init__(self, folder: Path, started: StartedProcesses, until: float) -> None:
+    def __init__(self, folder: Path, started: StartedProcesses, until: float, *, app_code: bool) -> None:
         self._folder, self._started, self._until = folder, started, until
+        self._app_code = app_code
         self._env: dict[str, str] = {}
 
     def start(self, sites: Sequence[str], site_commands: Mapping[str, Sequence[str]]) -> None:
@@ -172,13 +183,14 @@ class _Local:
         self._started.start(SUPERLINK, command, env=self._env, cwd=self._folder)
 
     def _start_supernode(self, site: str, certificates: ServerCertificates, port: int, own: int) -> None:
-        command = [
-            *[tool("flower-supernode"), "--superlink", f"{ADDRESS}:{port}"],
+        options = [
+            *["--superlink", f"{ADDRESS}:{port}", "--port", str(own)],
             *["--root-certificates", str(certificates.authority)],
             *["--auth-supernode-private-key", str(self._folder / KEYS / site)],
-            *["--node-config", f"shoal-site='{self._folder / SITES / site}'", "--port", str(own)],
         ]
-        self._started.start(f"supernode-{site}", command, env=self._env, cwd=self._folder)
+        place = self._folder / SITES / site
+        env = self._env if self._app_code else without_app_code(place, self._env)
+        self._started.start(f"supernode-{site}", supernode_command(place, options), env=env, cwd=self._folder)
 
     def _online(self) -> int:
         nodes = self._call(["supernode", "list", CONNECTION])["nodes"]
@@ -223,5 +235,4 @@ def _check(folder: Path, sites: Sequence[str], site_commands: Mapping[str, Seque
             raise ConfigurationError(f"{site!r} cannot be the name of a site: use letters, digits, '.', '_' and '-'")
         if site not in site_commands:
             raise ConfigurationError(f"there is no command for the process of site {site!r}")
-    if set("'\"\\\n") & set(str(folder)):  # Flower reads a SuperNode's configuration without escapes
-        raise ConfigurationError(f"{folder} cannot be told to a SuperNode: use a path without quotes and backslashes")
+        supernode_command(folder / SITES / site, [])
