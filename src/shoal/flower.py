@@ -90,8 +90,7 @@ def _site(context: Any) -> Path:
     folder = context.node_config.get(SITE)
     if not isinstance(folder, str) or not folder:
         raise ConfigurationError(
-            "this SuperNode does not know its shoal site: start it with "
-            f"flower-supernode … --node-config '{SITE}=\"/path/of/the/site\"'"
+            "this SuperNode does not know its shoal site: start it with shoal supernode /path/of/the/site …"
         )
     return Path(folder)
 

@@ -80,9 +80,9 @@ class Federation:
             key = write_node_key(self.folder / "keys", name)
             assert eventually(lambda key=key: self.flwr("supernode", "register", f"{key}.pub", CONNECTION), 90)
             self.on(
-                *(host, f"supernode-{name}", tool("flower-supernode"), "--superlink", f"{address}:{PORT}"),
+                *(host, f"supernode-{name}", sys.executable, "-m", "shoal", "supernode", site),
+                *("--superlink", f"{address}:{PORT}", "--port", 9094),
                 *("--root-certificates", made.authority, "--auth-supernode-private-key", key),
-                *("--node-config", f"shoal-site='{site}'", "--port", 9094),
             )
 
     def on(self, host, name, *command):
