@@ -324,7 +324,8 @@ def test_what_a_site_refuses_ends_the_run_with_its_reason(sites, wire, kind):
     sites.kill("site-2", signal.SIGTERM)
     sites.write("site-2", changes.get("allow", ANY), limits=changes.get("limits"))
     sites.start("site-2")
-    with pytest.raises(ConfigurationError, match=f"^site-2 refuses: .*({what})"):
+    error = SiteError if kind == "size" else ConfigurationError  # which it learns of with the first task
+    with pytest.raises(error, match=f"^site-2 refuses: .*({what})"):
         run_over(wire, order(**settings))
     if kind != "another version":  # which only the run's process can tell
         (line,) = [line for line in sites.audit("site-2") if "refused" in line]

@@ -53,8 +53,6 @@ class _Asked:
     """How often it said that it failed."""
     said: str = ""
     """What it said last that was no answer."""
-    away: float | None = None
-    """Since when no answer of the site's own process came through, though its address is there."""
 
 
 @dataclass
@@ -86,6 +84,7 @@ class Asking:
         """Yields each site's answer, or why there is none.
 
         Raises:
+            ConfigurationError: A site refuses to take part in a run that has not begun.
             SiteError: A site failed, and the policy is to stop.
             EngineError: What carries the messages is gone.
         """
@@ -128,7 +127,7 @@ class Asking:
             self.roster.take(ticket, answer)
             return
         asked = self._waiting[name]
-        asked.ticket = None
+        asked.ticket, asked.pause = None, AGAIN  # ever longer is for silence alone
         if isinstance(answer, Exception):  # the message or its answer was lost on the way
             self._lost(name, asked, answer)
             return
@@ -161,9 +160,19 @@ class Asking:
         logger.warning("%s: %s", name, error)
 
     def _failed(self, name: str, asked: _Asked, said: Answer) -> Iterator[Outcome]:
-        """Deals with a site that says that it failed, as the policy says."""
+        """Deals with a site that says that it failed, as the policy says.
+
+        Raises:
+            ConfigurationError: It refuses to take part in the run, which has not begun.
+            SiteError: It failed, and the policy is to stop.
+        """
         if said.refused:
-            raise ConfigurationError(f"{name} refuses: {said.error}")
+            why = f"{name} refuses: {said.error}"
+            if self.parcel.meta.get("kind") == "hello":
+                raise ConfigurationError(why)
+            # To ask again is of no use; and one site is not to end the run of all where they may go on without it.
+            yield self._left_out(name, SiteError(why))
+            return
         error = SiteError(f"{name}: {said.error.removeprefix(f'{name}: ')}")
         asked.failures += 1
         if self.policy.on_failure == "restart" and asked.failures <= self.policy.max_restarts:

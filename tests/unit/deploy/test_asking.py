@@ -74,11 +74,11 @@ class World:
     def forget(self, tickets):
         self.forgotten.update(tickets)
 
-    def ask(self, *, within=600.0, lenient=False, **policy):
+    def ask(self, *, kind="train", within=600.0, lenient=False, **policy):
         """Returns what became of each site."""
         policy = SitePolicy(waits=Deadlines(start=100), **policy)
         names = {name: client for client, name in enumerate(self.script)}
-        asking = Asking(self, self.roster, Parcel(meta={}), names, 7, policy, within, lenient)
+        asking = Asking(self, self.roster, Parcel(meta={"kind": kind}), names, 7, policy, within, lenient)
         return {client: problem if answer is None else "done" for client, answer, problem in asking.answers()}
 
 
@@ -118,6 +118,13 @@ def test_who_is_busy_is_asked_again(world):
     assert made.ask() == {0: "done"}
 
 
+@pytest.mark.parametrize("first", [said(busy=True, error="works for run r2"), Parcel(meta={"error": "away"}), LOST])
+def test_silence_after_an_answer_is_not_waited_for_longer(world, first):
+    made = world(a=[first] * 5 + [None, said()])
+    assert made.ask(lenient=True, min_sites=2) == {0: "done"}
+    assert made.sent["a"][6] - made.sent["a"][5] == pytest.approx(module.AGAIN, abs=1)
+
+
 def test_an_answer_to_another_task_is_none(world):
     made = world(a=[said(number=6), said()])
     assert made.ask() == {0: "done"}
@@ -140,7 +147,7 @@ def test_what_others_answer_is_the_rosters(world):
 
 
 STOPS = {
-    "refused": ([said(refused=True, error="not here")], ConfigurationError, "^a refuses: not here$"),
+    "refused": ([said(refused=True, error="not here")], SiteError, "^a refuses: not here$"),
     "failed": ([said(error="a: rank 1 was killed")], SiteError, "^a: rank 1 was killed$"),
     "garbage": ([Parcel(meta={"protocol": 1, "number": []})], SiteError, r"^a: its answer cannot be read: its number"),
     "protocol": ([Parcel(meta={"protocol": 2})], SiteError, "^a: its answer .*: the site speaks protocol 2"),
@@ -164,7 +171,7 @@ def test_what_stops_a_run_is_said(world, kind):
     assert made.now - 1000 < 720  # and no later
 
 
-@pytest.mark.parametrize("kind", [kind for kind in STOPS if kind != "refused"])
+@pytest.mark.parametrize("kind", STOPS)
 def test_what_stops_no_run_leaves_the_site_out(world, kind):
     answers, error, what = STOPS[kind]
     found = world(a=answers, b=[said()]).ask(on_failure="continue", lenient=True, min_sites=2)
@@ -172,6 +179,25 @@ def test_what_stops_no_run_leaves_the_site_out(world, kind):
     assert isinstance(found[0], error)
     with pytest.raises(error, match=what):
         raise found[0]
+
+
+@pytest.mark.parametrize("policy", [{}, {"on_failure": "continue", "lenient": True}, {"on_failure": "restart"}])
+def test_who_refuses_to_begin_ends_the_run(world, policy):
+    with pytest.raises(ConfigurationError, match="^a refuses: not here$"):
+        world(a=[said(refused=True, error="not here"), said()], b=[said()]).ask(kind="hello", **policy)
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "end"])
+def test_who_refuses_later_is_not_asked_again(world, kind):
+    made = world(a=[said(refused=True, error="not here"), said()], b=[said()])
+    with pytest.raises(SiteError, match="^a refuses: not here$"):
+        made.ask(kind=kind, on_failure="restart", max_restarts=9)
+    assert len(made.sent["a"]) == 1
+    made = world(a=[said(refused=True, error="not here"), said()], b=[None, said()])
+    found = made.ask(kind=kind, on_failure="continue", lenient=True, min_sites=1)
+    assert str(found[0]) == "a refuses: not here"
+    assert found[1] == "done"
+    assert len(made.sent["a"]) == 1
 
 
 def test_a_site_that_fails_is_asked_again_as_often_as_the_policy_says(world):
