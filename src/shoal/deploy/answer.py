@@ -62,8 +62,15 @@ class Answer:
         Raises:
             ValueError: A field is of another kind than it should be.
         """
+        try:
+            return cls._read(told)
+        except RecursionError as error:  # of what it is to say of it
+            raise ValueError("it is nested too deeply") from error
+
+    @classmethod
+    def _read(cls, told: Mapping[str, Any]) -> Self:
         if told.keys() == {"error"}:
-            return cls(error=str(told["error"])[:LARGEST_ERROR], away=True)
+            return cls(error=_text(told, "error")[:LARGEST_ERROR], away=True)
         if told.get("protocol") != PROTOCOL:
             raise ValueError(
                 f"the site speaks protocol {told.get('protocol')!r:.20}, and this server {PROTOCOL}: "
@@ -75,7 +82,7 @@ class Answer:
         number = told.get("number", 0)
         if type(number) is not int:
             raise ValueError(f"its number is {number!r:.40}, and must be a whole one")
-        site, tree = str(told.get("site", "")), str(told.get("tree", ""))
+        site, tree = _text(told, "site"), _text(told, "tree")
         if site and not NAME.fullmatch(site):
             raise ValueError(f"its name {site!r:.60} is none")
         if tree not in ("", "params", "delta"):
@@ -83,7 +90,7 @@ class Answer:
         return cls(
             site=site,
             number=number,
-            error=str(told.get("error", ""))[:LARGEST_ERROR],
+            error=_text(told, "error")[:LARGEST_ERROR],
             refused=bool(told.get("refused")),
             busy=bool(told.get("busy")),
             evaluates=bool(told.get("evaluates")),
@@ -96,6 +103,13 @@ class Answer:
 
 def _told(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
+
+
+def _text(told: Mapping[str, Any], name: str) -> str:
+    value = told.get(name, "")
+    if type(value) is not str:
+        raise ValueError(f"its {name} is {value!r:.40}, and must be text")
+    return value
 
 
 def _number(value: Any) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.deploy.parcel import Parcel, RawTensor
-from shoal.errors import EngineError, MissingExtraError
+from shoal.errors import MissingExtraError
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -46,19 +46,20 @@ def parcel_of(records: Any) -> Parcel:
     """Returns the parcel that a message's content holds.
 
     Raises:
-        EngineError: It holds none, or one that is damaged.
+        ValueError: It holds none, or one that is damaged.
     """
     try:
         meta = json.loads(records[META][JSON])
         tensors = {name: _tensor(array) for name, array in records[TENSORS].items()}
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"a message of Flower's holds no parcel of shoal's: {error}") from error
+    except Exception as error:  # it is whatever a site has made of it: other records, or JSON that is nested too deeply
+        told = f"{type(error).__name__}: {error}"
+        raise ValueError(f"a message of Flower's holds no parcel of shoal's: {told}") from error
     if type(meta) is not dict:
-        raise EngineError("a message of Flower's holds no parcel of shoal's: its meta data are no JSON object")
+        raise ValueError("a message of Flower's holds no parcel of shoal's: its meta data are no JSON object")
     return Parcel(meta=meta, tensors=tensors)
 
 
 def _tensor(array: Any) -> RawTensor:
     if array.stype != STYPE:
         raise ValueError(f"an array is written as {array.stype!r:.40}, not as {STYPE!r}")
-    return RawTensor(array.dtype, tuple(array.shape), array.data)
+    return RawTensor(array.dtype, tuple(map(int, array.shape)), array.data)

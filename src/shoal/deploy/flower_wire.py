@@ -14,6 +14,7 @@ from shoal.errors import EngineError, MissingExtraError
 
 try:
     from flwr.app import Message, MessageType
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 except ModuleNotFoundError as missing:
     raise MissingExtraError("flwr", purpose="send messages with Flower", extra="flower") from missing
 
@@ -22,6 +23,9 @@ ASK = 0.25
 
 TTL = 24 * 3600.0
 """Seconds after which Flower drops a message and its reply."""
+
+DAMAGED = (AttributeError, DecodeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
+"""What Flower raises where it cannot put together the objects that a site has sent; what httpx raises is none."""
 
 PATIENCE = 60.0
 """Seconds in which a SuperLink that does not answer must be back."""
@@ -129,13 +133,22 @@ class FlowerWire:
         return {node: ticket for node, (ticket, at) in found.items() if began.get(node, at + 1) < at}
 
     def _pulled(self, ticket: str) -> Parcel | Exception | None:
-        for message in _asked("hand over a reply", lambda: self._grid.pull_messages([ticket])):
+        def pulled() -> list[Any] | ValueError:
+            try:
+                return list(self._grid.pull_messages([ticket]))
+            except DAMAGED as error:  # which is the failure of that site alone, and not of the SuperLink
+                return ValueError(f"Flower cannot read a reply of a site: {type(error).__name__}: {error}")
+
+        messages = _asked("hand over a reply", pulled)
+        if isinstance(messages, ValueError):
+            return messages
+        for message in messages:
             if message.has_error():
                 error = message.error
                 return EngineError(f"Flower has no reply of a site ({error.code}): {error.reason}")
             try:
                 return parcel_of(message.content)
-            except EngineError as damaged:
+            except ValueError as damaged:
                 return damaged
         return None
 

@@ -47,14 +47,28 @@ def unpacked(message: Shareable) -> Parcel:
     try:
         meta, table, data = json.loads(message[META]), json.loads(message[TABLE]), message[TENSORS]
         tensors = {
-            name: RawTensor(dtype, tuple(map(int, shape)), memoryview(one))
+            _text(name): RawTensor(dtype, tuple(map(int, shape)), _plain(one))
             for (name, dtype, shape), one in zip(table, data, strict=True)
         }
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # it is whatever a site has made of it, such as JSON that is nested too deeply
         raise ValueError(f"the message holds no parcel: {type(error).__name__}: {error}") from error
     if type(meta) is not dict:
         raise ValueError("a parcel's meta data must be a JSON object")
     return Parcel(meta=meta, tensors=tensors)
+
+
+def _text(name: Any) -> str:
+    if type(name) is not str:
+        raise ValueError(f"a tensor's name is {name!r:.40}")
+    return name
+
+
+def _plain(data: Any) -> memoryview:
+    """Returns bytes as they lie in memory; refuses other arrays, whose length is not that of their bytes."""
+    found = memoryview(data)
+    if found.format != "B" or found.ndim != 1 or not found.contiguous:
+        raise ValueError(f"a tensor is sent as {found.format!r:.40} in {found.ndim} dimensions, not as bytes")
+    return found
 
 
 def _bytes_of(tensor: RawTensor) -> np.ndarray[Any, Any]:

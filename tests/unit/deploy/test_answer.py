@@ -56,6 +56,8 @@ WRONG = {
     "a path for a name": ({"site": "../x"}, "its name '../x' is none"),
     "no number": ({"number": None}, "its number is None"),
     "an endless number": ({"number": math.inf}, "its number is inf"),
+    "an error that is no text": ({"error": {"why": "?"}}, "its error is {'why': '[?]'}, and must be text"),
+    "a name that is no text": ({"site": 7}, "its site is 7, and must be text"),
     "too many metrics": ({"metrics": dict.fromkeys(map(str, range(METRICS + 1)), 0.0)}, "metrics"),
     "metrics that are none": ({"metrics": [1]}, "metrics"),
     "a metric that is none": ({"metrics": {"loss": "low"}}, "'low' is no number"),
@@ -70,6 +72,18 @@ def test_what_is_wrong_is_said(kind):
     change, what = WRONG[kind]
     with pytest.raises(ValueError, match=what):
         Answer.from_json({"protocol": PROTOCOL, **change})
+
+
+@pytest.mark.parametrize("name", ["protocol", "site", "number", "error", "examples", "metrics", "tree"])
+def test_what_is_nested_deeply_is_refused(name):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (deep, {"loss": deep}):
+        with pytest.raises(ValueError, match=r"nested too deeply|protocol|metrics"):
+            Answer.from_json({"protocol": PROTOCOL, name: value})
+    with pytest.raises(ValueError, match="nested too deeply"):
+        Answer.from_json({"error": deep})
 
 
 def test_of_a_long_error_the_beginning_is_kept():

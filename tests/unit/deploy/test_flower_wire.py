@@ -18,6 +18,7 @@ from flwr.app import Error, Message
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 
 from shoal.deploy.flower_records import parcel_of, records_of
 from shoal.deploy.flower_wire import FlowerWire
@@ -94,13 +95,17 @@ def test_a_parcel_may_have_no_tensors() -> None:
 def test_a_message_of_somebody_elses_is_refused() -> None:
     from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-    with pytest.raises(EngineError, match="no parcel"):
+    with pytest.raises(ValueError, match="no parcel"):
         parcel_of(RecordDict())
-    with pytest.raises(EngineError, match="JSON object"):
+    with pytest.raises(ValueError, match="JSON object"):
         parcel_of(RecordDict({"shoal": ConfigRecord({"json": "[]"}), "tensors": ArrayRecord()}))
     foreign = ArrayRecord({"w": Array(np.zeros(2))})
-    with pytest.raises(EngineError, match=r"numpy\.ndarray"):
+    with pytest.raises(ValueError, match=r"numpy\.ndarray"):
         parcel_of(RecordDict({"shoal": ConfigRecord({"json": "{}"}), "tensors": foreign}))
+    with pytest.raises(ValueError, match="RecursionError"):
+        parcel_of(RecordDict({"shoal": ConfigRecord({"json": "[" * 100_000}), "tensors": ArrayRecord()}))
+    with pytest.raises(ValueError, match="AttributeError"):
+        parcel_of(RecordDict({"shoal": ConfigRecord({"json": "{}"}), "tensors": ConfigRecord({"w": 1})}))
 
 
 def test_the_same_tensors_are_uploaded_once() -> None:
@@ -190,6 +195,32 @@ def test_flowers_errors_become_exceptions_with_its_words() -> None:
     assert found == ticket
     assert isinstance(error, EngineError)
     assert "ClientApp stopped responding." in str(error)
+
+
+def test_a_reply_that_cannot_be_read_is_that_sites_failure_alone() -> None:
+    from flwr.app import ConfigRecord, RecordDict
+
+    grid = Grid()
+    wire = FlowerWire(grid)
+    tickets = wire.send(["11", "12"], Parcel(meta={}))
+    records = RecordDict({"shoal": ConfigRecord({"json": "{}"}), "tensors": ConfigRecord({"w": 1})})
+    grid.answers[tickets["11"]] = Message(records, reply_to=grid.sent[tickets["11"]])
+    grid.answer(tickets["12"], Parcel(meta={"good": True}))
+    found = dict(wire.receive(1.0))
+    assert isinstance(found[tickets["11"]], ValueError)
+    assert isinstance(found[tickets["12"]], Parcel)
+
+
+@pytest.mark.parametrize("error", [RecursionError, ValueError, KeyError, DecodeError])
+def test_so_is_one_that_flower_cannot_read(error: type[Exception]) -> None:
+    grid = Grid()
+    wire = FlowerWire(grid)
+    ticket = wire.send(["11"], Parcel(meta={}))["11"]
+    grid.pull_messages = lambda tickets: _raise(error("damaged"))  # type: ignore[method-assign]
+    [(found, damaged)] = wire.receive(1.0)
+    assert found == ticket
+    assert isinstance(damaged, ValueError)
+    assert error.__name__ in str(damaged)
 
 
 def test_a_message_that_flower_could_not_file_gets_a_ticket_of_which_nothing_comes() -> None:

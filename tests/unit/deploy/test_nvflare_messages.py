@@ -59,6 +59,13 @@ def test_large_tensors_are_not_copied():
         {META: "{}", TABLE: json.dumps([["w", "object", [1]]]), TENSORS: [b"12345678"]},
         {META: "{}", TABLE: json.dumps([["w", "float32"]]), TENSORS: [b"1234"]},
         {META: "{}", TABLE: json.dumps([["w", "uint8", [4]]]), TENSORS: ["1234"]},
+        {META: "[" * 100_000, TABLE: "[]", TENSORS: []},
+        {META: "{}", TABLE: "[" * 100_000, TENSORS: []},
+        {META: "{}", TABLE: json.dumps([["w", "uint8", [float("inf")]]]), TENSORS: [b"1234"]},
+        {META: "{}", TABLE: json.dumps([[7, "uint8", [4]]]), TENSORS: [b"1234"]},
+        {META: "{}", TABLE: json.dumps([["w", "uint8", [4]]]), TENSORS: [np.zeros((4, 9), np.uint8)]},
+        {META: "{}", TABLE: json.dumps([["w", "uint8", [4]]]), TENSORS: [np.zeros(4, np.float32)]},
+        {META: "{}", TABLE: json.dumps([["w", "uint8", [4]]]), TENSORS: [np.zeros(8, np.uint8)[::2]]},
     ],
 )
 def test_what_is_no_parcel_is_refused(content):
