@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,6 +35,9 @@ logger = logging.getLogger("shoal")
 
 LOOK = 0.25
 """Seconds between two looks at the sites."""
+
+MOST_EXAMPLES = 1e15
+"""No site has so many examples. A larger weight would take the mean for itself, or make the sum of all infinite."""
 
 SITES = "sites.json"
 """The file that says which client each site is, beside what else is kept of the sites."""
@@ -158,8 +160,12 @@ class RemoteEngine:
         request = replace(self._request("evaluate"), **_told(broadcast), ties=self._ties_of(learner, model))
         found: dict[int, tuple[float, Mapping[str, float]]] = {}
         for client, answer, _ in self._ask(request, _arrays(broadcast), clients, self.policy.waits.reply):
-            if answer is not None:
-                said = Answer.from_json(answer.meta)
+            if answer is None:
+                continue
+            said = Answer.from_json(answer.meta)
+            if problem := _miscounted(said.examples):
+                logger.warning("%s is left out of round %d's evaluation: %s", self._name_of(client), round, problem)
+            else:
                 found[client] = (said.examples, said.metrics)
         return found
 
@@ -240,10 +246,13 @@ class RemoteEngine:
         said = Answer.from_json(answer.meta)
         self.seconds[client] = said.seconds
         self._opened().members[self._name_of(client)].evaluates = said.evaluates
-        if not 0 < said.examples < math.inf:
-            return ClientResult(client=client, error=ClientError(f"it replied with {said.examples:g} examples"))
-        with storing(Path(tempfile.gettempdir())):
-            file = spooled(answer) if said.tree else None
+        if problem := _miscounted(said.examples):
+            return ClientResult(client=client, error=ClientError(problem))
+        try:
+            with storing(Path(tempfile.gettempdir())):
+                file = spooled(Parcel(meta={}, tensors=answer.tensors)) if said.tree else None
+        except ValueError as error:  # such as arrays by a name that the format keeps for itself
+            return ClientResult(client=client, error=SiteError(f"{self._name_of(client)}: {error}"))
         reply = Reply(task=said.number, examples=said.examples, metrics=said.metrics, tree=said.tree, file=file)
         self._kept.append(reply)
         if problem := work.problem(reply):
@@ -301,6 +310,11 @@ def read_sites(path: Path) -> dict[str, Any]:
         return {"run": str(told["run"]), "attempt": int(told["attempt"]), "clients": dict(told["clients"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path} does not say which sites the run has: {error}") from error
+
+
+def _miscounted(examples: float) -> str | None:
+    """Says that no site has so many examples, which its answer is weighed by; None where one may."""
+    return None if 0 < examples < MOST_EXAMPLES else f"it replied with {examples:g} examples"
 
 
 def _told(broadcast: Broadcast) -> dict[str, Any]:

@@ -166,6 +166,9 @@ def test_enough_sites_begin(learner, caplog):
         ({"examples": float("inf")}, "it replied with inf examples"),
         ({"examples": float("nan")}, "it replied with nan examples"),
         ({"examples": -1.0}, "it replied with -1 examples"),
+        ({"examples": 1e308}, r"it replied with 1e\+308 examples"),
+        ({"examples": 1e15}, r"it replied with 1e\+15 examples"),
+        ({"arrays": {"__metadata__": np.zeros(4)}}, "site-2: no array may be called __metadata__"),
         ({"tree": ""}, "site-2: it sent no parameters"),
         ({"arrays": {}}, "site-2: it sent no w"),
         ({"arrays": {"w": np.zeros(3)}}, r"site-2: it sent w with shape \[3\], and \[4\] is expected"),
@@ -226,6 +229,20 @@ def test_measures_of_the_sites_that_can(learner):
     made = engine(wire)
     made.open(learner, POPULATION)
     assert made.measure(learner, learner.init(0), 1) == {1: (5.0, {"accuracy": 0.5})}
+    made.close()
+
+
+@pytest.mark.parametrize("examples", [0.0, -1.0, float("nan"), float("inf"), 1e15, 1e308])
+def test_a_measure_of_no_number_of_examples_is_left_out(learner, caplog, examples):
+    def answer(name, request):
+        if request.kind == "evaluate":
+            return {"examples": examples if name == "site-1" else 5.0, "metrics": {"accuracy": 0.5}}
+        return {"evaluates": True}
+
+    made = engine(Wire(answer))
+    made.open(learner, POPULATION)
+    assert made.measure(learner, learner.init(0), 3) == {1: (5.0, {"accuracy": 0.5})}
+    assert f"site-1 is left out of round 3's evaluation: it replied with {examples:g} examples" in caplog.text
     made.close()
 
 
