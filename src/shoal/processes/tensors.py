@@ -189,10 +189,12 @@ class TensorFile:
             memory: Where the copy is to be, uint8 [bytes or more]; None for new memory.
 
         Raises:
-            ValueError: The memory was cut.
+            ValueError: The shared memory was cut, or there is too little for the copy.
         """
         entry = self.entries[name]
         size = entry.end - entry.start
+        if memory is not None and len(memory) < size:
+            raise ValueError(f"array {name} has {size} bytes, and the memory for it {len(memory)}")
         data = np.empty(size, np.uint8) if memory is None else memory[:size]
         self.fill(data, entry.start)
         kind = "numpy" if like is None or isinstance(like, np.ndarray | np.generic) else "torch"

@@ -205,6 +205,15 @@ def test_a_file_that_is_cut_while_it_is_read_is_told():
     os.close(fd)
 
 
+@pytest.mark.parametrize("given", [0, 23])
+def test_too_little_memory_for_a_copy_is_told(given):
+    with (
+        TensorFile(write_tensors({"w": np.arange(3.0)})) as file,
+        pytest.raises(ValueError, match=f"array w has 24 bytes, and the memory for it {given}"),
+    ):
+        file.read("w", memory=np.empty(given, np.uint8))
+
+
 def test_nobody_writes_through_what_is_for_reading():
     fd = write_tensors({"w": np.arange(3.0)})
     reading = read_only(fd)
