@@ -36,6 +36,9 @@ logger = logging.getLogger("shoal")
 LOOK = 0.25
 """Seconds between two looks at the sites."""
 
+PARTING = 10.0
+"""Seconds in which the sites must have heard that the run ends, where it ends early."""
+
 MOST_EXAMPLES = 1e15
 """No site has so many examples. A larger weight would take the mean for itself, or make the sum of all infinite."""
 
@@ -272,12 +275,15 @@ class RemoteEngine:
         )
 
     def _say_end(self, roster: Roster) -> None:
-        """Tells the sites of the end, without waiting for them."""
+        """Tells the sites of the end, so that they are free for another run; this process goes on soon in any case."""
         self._number += 1
         request = replace(self._request("end"), number=self._number)
         to = [member.address for member in roster.members.values() if member.address is not None]
+        until = time.monotonic() + PARTING
         try:
-            self.wire.send(to, Parcel(meta=request.to_json()))
+            waiting = set(self.wire.send(to, Parcel(meta=request.to_json())).values())
+            while waiting and time.monotonic() < until:  # what this process has sent may end with it
+                waiting -= {ticket for ticket, _ in self.wire.receive(LOOK)}
         except Exception as error:  # it is the end anyway
             logger.warning("the sites could not be told of the end: %s", error)
 

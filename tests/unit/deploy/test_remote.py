@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -121,6 +122,32 @@ def test_a_round_is_what_the_sites_reply(learner):
     assert numbers == sorted(numbers)
     made.close()
     assert wire.heard[-1][1].kind == "end"
+
+
+def test_an_early_end_is_told_before_this_process_goes_on_but_not_for_ever(learner, monkeypatch):
+    """What Flower and NVFlare have not brought to a site, they drop when the server's process ends."""
+    monkeypatch.setattr(remote, "PARTING", 0.3)
+
+    class Slow(Wire):
+        looks = 0
+
+        def receive(self, seconds):
+            if any(request.kind == "end" for _, request, _ in self.heard):
+                self.looks += 1
+                if self.looks < 4 or self.deaf:
+                    time.sleep(0.01)
+                    return
+            yield from super().receive(seconds)
+
+    for deaf in (False, True):
+        wire = Slow(trains)
+        wire.deaf = deaf
+        made = engine(wire)
+        made.open(learner, POPULATION)
+        begun = time.monotonic()
+        made.close()
+        assert (wire.looks > 4) == deaf
+        assert (time.monotonic() - begun >= 0.3) == deaf
 
 
 def test_without_names_the_sites_are_those_that_come_in_order(learner):
