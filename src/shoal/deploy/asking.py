@@ -49,8 +49,6 @@ class _Asked:
     """When the first of those was."""
     lost_last: float = 0.0
     """When the last one was."""
-    failures: int = 0
-    """How often it said that it failed."""
     said: str = ""
     """What it said last that was no answer."""
 
@@ -174,9 +172,10 @@ class Asking:
             yield self._left_out(name, SiteError(why))
             return
         error = SiteError(f"{name}: {said.error.removeprefix(f'{name}: ')}")
-        asked.failures += 1
-        if self.policy.on_failure == "restart" and asked.failures <= self.policy.max_restarts:
-            logger.warning("%s; asking it again (%d of at most %d)", error, asked.failures, self.policy.max_restarts)
+        member = self.roster.members[name]
+        member.failures += 1  # in all rounds together
+        if self.policy.on_failure == "restart" and member.failures <= self.policy.max_restarts:
+            logger.warning("%s; asking it again (%d of at most %d)", error, member.failures, self.policy.max_restarts)
             asked.next = 0.0
         else:
             yield self._left_out(name, error)

@@ -34,6 +34,8 @@ class Member:
     """When it came, or went."""
     evaluates: bool = False
     """Whether it says that it can measure a model."""
+    failures: int = 0
+    """How often in the run it has said that it failed."""
 
 
 class Roster:

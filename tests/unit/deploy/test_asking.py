@@ -13,7 +13,7 @@ from shoal.sites.state import Deadlines
 
 class Member:
     def __init__(self, address):
-        self.address, self.since = address, 0.0
+        self.address, self.since, self.failures = address, 0.0, 0
 
 
 class Roster:
@@ -204,6 +204,10 @@ def test_a_site_that_fails_is_asked_again_as_often_as_the_policy_says(world):
     assert world(a=[said(error="no"), said()]).ask(on_failure="restart") == {0: "done"}
     with pytest.raises(SiteError, match="no"):
         world(a=[said(error="no"), said(error="no"), said()]).ask(on_failure="restart")
+    twice = world(a=[said(error="no"), said(), said(error="no")])
+    assert twice.ask(on_failure="restart") == {0: "done"}
+    with pytest.raises(SiteError, match="no"):  # of a run, not of each round
+        twice.ask(on_failure="restart")
     found = world(a=[said(error="no"), said(error="no"), said()]).ask(on_failure="restart", max_restarts=2)
     assert found == {0: "done"}
 
