@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import os
 import queue
@@ -244,7 +245,8 @@ class ForkedRun(RunProcess):
                 os.dup2(out.fileno(), 2)
             number = os.dup(other.fileno())
             keep_only(number)
-            sys.argv[1:] = [str(number), json.dumps(dict(told))]
+            sys.argv[1:] = [str(number)]
+            sys.stdin = io.StringIO(json.dumps(dict(told)))
             at_site.main()
 
         self._process = Forked(fork(body))

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shoal.deploy.parcel import Parcel, read_parcel, write_parcel
 from shoal.errors import EngineError
@@ -29,8 +29,9 @@ class RunProcess:
     """Starts the process, and asks it.
 
     Args:
-        command: Starts it; the number of its socket and what it is told come after.
-        told: Which experiment, and how, as JSON.
+        command: Starts it; the number of its socket comes after.
+        told: Which experiment, and how. It reads that from its standard input, as JSON: a command line, which all users
+            of the machine see, is no place for a site's own settings.
         log: The file that takes what it and its ranks write.
         env: Environment variables beside this process's own.
 
@@ -42,10 +43,10 @@ class RunProcess:
         self._end, other = channel()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as out:
+            with log.open("ab") as out, _file_of(json.dumps(dict(told))) as given:
                 self._process = subprocess.Popen(
-                    [*command, str(other.fileno()), json.dumps(dict(told))],
-                    stdin=subprocess.DEVNULL,
+                    [*command, str(other.fileno())],
+                    stdin=given,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     pass_fds=[other.fileno()],
@@ -119,3 +120,11 @@ class RunProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait(5.0)
+
+
+def _file_of(text: str) -> IO[bytes]:
+    """Returns a file in memory to read a text from; unlike a pipe, it waits for no reader, and misses none."""
+    file = os.fdopen(os.memfd_create("shoal-told", os.MFD_CLOEXEC), "w+b")
+    file.write(text.encode())
+    file.seek(0)
+    return file

@@ -1,7 +1,7 @@
-"""The process at a site that works for one run: ``python -m shoal.experiments.at_site SOCKET JSON``.
+"""The process at a site that works for one run: ``python -m shoal.experiments.at_site SOCKET``.
 
-The site's own process starts it, and tells it which experiment it is, by the site's own name for it. It has the code
-and the ranks of that experiment, and ends with them when the socket is closed.
+The site's own process starts it, and tells it on standard input which experiment it is, by the site's own name for it.
+It has the code and the ranks of that experiment, and ends with them when the socket is closed.
 """
 
 from __future__ import annotations
@@ -299,11 +299,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
-    number, told = sys.argv[1:]
+    [number] = sys.argv[1:]
+    told = Told(**json.load(sys.stdin))
     with socket.socket(fileno=int(number)) as channel:
         channel.set_inheritable(False)
         _watch(channel)
-        serve(channel, Told(**json.loads(told)))
+        serve(channel, told)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,12 @@ from shoal.processes.messages import receive, send
 
 
 def main():
-    number, told = int(sys.argv[1]), json.loads(sys.argv[2])
+    number, told = int(sys.argv[1]), json.load(sys.stdin)
     does, log = told["config"], Path(told["logs"] + ".tasks")
+    assert sys.stdin.read() == ""  # there is no more
+    if does.get("notes"):
+        with Path(told["logs"] + ".told").open("a") as file:
+            file.write(json.dumps(told) + "\n")
     with socket.socket(fileno=number) as channel:
         while (received := receive(channel)) is not None:
             parcel = read_parcel(received[1])

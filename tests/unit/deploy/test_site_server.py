@@ -280,6 +280,20 @@ def test_a_server_that_was_started_again_leaves_the_first_behind(begin):
     assert site.ask(attempt=0, number=2)[0].error == "run r1 was started again since, as attempt 1"
 
 
+def test_what_a_runs_process_is_told_is_not_on_its_command_line(begin):
+    site = begin({"notes": True, "password": "secret-word"})
+    assert site.ask()[0].error == ""
+    [[_, _, pid]] = site.tasks()
+    assert b"secret-word" not in Path(f"/proc/{pid}/cmdline").read_bytes()
+    assert "secret-word" in (site.folder / "logs" / "r1.told").read_text()
+
+
+def test_a_process_that_ends_at_once_is_told(begin):
+    site = begin({"much": "x" * 1_000_000})  # more than a pipe holds
+    site.server._command[:] = [sys.executable, "-c", "raise SystemExit(4)"]
+    assert site.ask()[0].error == "the run's process at this site ended with exit code 4; its log is r1.log"
+
+
 def test_strangers_are_not_served(begin, monkeypatch):
     monkeypatch.setattr(site_server, "INTRODUCTION", 0.3)
     site = begin()
