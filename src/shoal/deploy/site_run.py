@@ -44,6 +44,8 @@ class SiteRun:
         self, request: Request, allowed: Allowed, limits: Limits, *, site: str, command: Sequence[str], folder: Path
     ) -> None:
         self.run, self.attempt, self.experiment = request.run, request.attempt, request.experiment
+        self.settings = dict(request.settings)
+        """The experiment's, as the run began with them: they are what the site has allowed."""
         self.heard = time.monotonic()
         """When the run was last heard of."""
         self._allowed = allowed
@@ -63,6 +65,17 @@ class SiteRun:
         """Whether a task is being worked at."""
         with self._lock:
             return self._last is not None and not self._last[1].done()
+
+    def other(self, request: Request) -> str | None:
+        """Says what of a request of this run is not as the run began; None where all is.
+
+        The experiment and its settings were allowed together, and the run's process has them.
+        """
+        if request.experiment != self.experiment:
+            return f"run {self.run} began with experiment {self.experiment}, and not with {request.experiment}"
+        if request.settings != self.settings:
+            return f"run {self.run} of {self.experiment} began with other settings"
+        return None
 
     def ask(self, request: Request, parcel: Parcel) -> Future[Parcel]:
         """Returns what will be the answer to a request. It is cancelled if a newer task comes before its turn does.
@@ -129,7 +142,7 @@ class SiteRun:
 
     def _work(self, request: Request, parcel: Parcel) -> Parcel:
         started = time.monotonic()
-        process, within = self._ready(request)
+        process, within = self._ready()
         try:
             answered = process.ask(parcel, within=within)
             answer = Answer.from_json(answered.meta)
@@ -147,7 +160,7 @@ class SiteRun:
             meta={**answered.meta, "seconds": answer.seconds or self.heard - started}, tensors=answered.tensors
         )
 
-    def _ready(self, request: Request) -> tuple[RunProcess, float]:
+    def _ready(self) -> tuple[RunProcess, float]:
         """Returns the run's process, and the seconds in which it must answer.
 
         Raises:
@@ -159,7 +172,7 @@ class SiteRun:
             return process, self._limits.seconds + MARGIN
         if process is not None:
             self._dismiss(process)
-        process = RunProcess(self._command, self._told(request), self._folder / "logs" / f"{self.run}.log", {})
+        process = RunProcess(self._command, self._told(), self._folder / "logs" / f"{self.run}.log", {})
         with self._lock:
             closed = self._closed
             self._process = None if closed else process
@@ -174,12 +187,12 @@ class SiteRun:
                 self._process = None
         process.stop()
 
-    def _told(self, request: Request) -> dict[str, Any]:
+    def _told(self) -> dict[str, Any]:
         """Returns what the run's process is told of the experiment."""
         allowed = self._allowed
         return {
             "source": allowed.source,
-            "settings": dict(request.settings),
+            "settings": dict(self.settings),
             "site": self._site,
             "devices": allowed.devices,
             "accelerator": allowed.accelerator,

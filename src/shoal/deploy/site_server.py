@@ -174,6 +174,8 @@ class SiteServer:
                     site=self.settings.name, number=request.number, error="a newer task came before this one's turn did"
                 ).to_json()
             )
+        except ConfigurationError as error:
+            return self._refused(request, str(error))
         except (ShoalError, ValueError) as error:
             answer = Parcel(meta=Answer(site=self.settings.name, number=request.number, error=str(error)).to_json())
         if request.kind in ("train", "evaluate"):
@@ -184,6 +186,7 @@ class SiteServer:
         """Has the request's run do it.
 
         Raises:
+            ConfigurationError: The run began with another experiment, or with other settings.
             EngineError: The run's process has ended, or takes too long.
             CancelledError: A newer task came before this one's turn did.
         """
@@ -197,7 +200,7 @@ class SiteServer:
                 return Parcel(meta=busy.to_json())
             if run is not None and request.attempt < run.attempt and run.run == request.run:
                 raise EngineError(f"run {run.run} was started again since, as attempt {run.attempt}")
-            if run is not None and run.run != request.run:
+            if run is not None and (run.run != request.run or self._begins_anew(run, request)):
                 run.close()
                 run = self._run = None
             if run is None and request.kind != "end":
@@ -210,6 +213,23 @@ class SiteServer:
         finally:
             if run is not None and request.kind == "end":
                 self._end(run)
+
+    @staticmethod
+    def _begins_anew(run: SiteRun, request: Request) -> bool:
+        """Tells whether the request begins its run, which is known, once more.
+
+        A server that was started again may have other settings, such as more rounds. They were checked as those of a
+        first request are.
+
+        Raises:
+            ConfigurationError: It is of another experiment, or has other settings without a new start of the server.
+        """
+        problem = run.other(request)
+        if problem is None:
+            return False
+        if request.experiment == run.experiment and request.attempt > run.attempt:
+            return True
+        raise ConfigurationError(problem)
 
     @staticmethod
     def _asked(run: SiteRun, request: Request, parcel: Parcel) -> Future[Parcel] | None:

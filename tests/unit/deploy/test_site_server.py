@@ -43,7 +43,8 @@ class Running:
     def __init__(self, folder, does=None, **limits):
         self.folder = folder
         allowed = Allowed(name="any", source="digits", settings=("lr",), config=does or {})
-        (folder / SETTINGS).write_text(settings_text("site-1", [allowed], Limits(**limits)))
+        second = Allowed(name="second", source="har", settings=("*",), config=does or {})
+        (folder / SETTINGS).write_text(settings_text("site-1", [allowed, second], Limits(**limits)))
         self.server = SiteServer(folder, list(STAND_IN))
         self._thread = threading.Thread(target=self.server.serve)
         self._thread.start()
@@ -202,7 +203,7 @@ def test_a_command_that_cannot_be_run_is_told(begin):
 
 
 REFUSED = {
-    "experiment": ({"experiment": "other"}, {}, "it does not allow an experiment other; allowed are any"),
+    "experiment": ({"experiment": "other"}, {}, "it does not allow an experiment other; allowed are any, second"),
     "setting": ({"settings": {"epochs": "9"}}, {}, "this site does not let a server set epochs of any"),
     "rounds": ({"rounds": 11}, {"rounds": 10}, "11 rounds were asked for, and it does at most 10"),
     "round": ({"round": 11}, {"rounds": 10}, "11 rounds were asked for, and it does at most 10"),
@@ -278,6 +279,45 @@ def test_a_server_that_was_started_again_leaves_the_first_behind(begin):
     assert site.ask(attempt=1)[0].error == ""
     assert [task[:2] for task in site.tasks()] == [["train", "1"]] * 2  # its numbers are its own
     assert site.ask(attempt=0, number=2)[0].error == "run r1 was started again since, as attempt 1"
+
+
+OTHER = {
+    "experiment": ({"experiment": "second"}, "run r1 began with experiment any, and not with second"),
+    "its settings": (
+        {"experiment": "second", "settings": {"data": "/elsewhere"}},
+        "run r1 began with experiment any, and not with second",
+    ),
+    "a later attempt": (
+        {"experiment": "second", "attempt": 1},
+        "run r1 began with experiment any, and not with second",
+    ),
+    "settings": ({"settings": {"lr": "9"}}, "run r1 of any began with other settings"),
+    "no settings": ({"settings": {}}, "run r1 of any began with other settings"),
+}
+
+
+@pytest.mark.parametrize("kind", ["train", "end"])
+@pytest.mark.parametrize("case", OTHER)
+def test_a_run_goes_on_with_what_it_began_with(begin, case, kind):
+    asked, what = OTHER[case]
+    site = begin()
+    assert site.ask(settings={"lr": "1"})[0].error == ""
+    os.kill(int(site.tasks()[0][2]), signal.SIGKILL)  # its next process is told as the first was
+    said, arrays = site.ask(kind, **{"number": 2, "settings": {"lr": "1"}, **asked})
+    assert (said.refused, said.error, arrays) == (True, what, {})
+    assert site.audit()[1:] == [{**site.audit()[1], "kind": kind, "run": "r1", "refused": what}]
+    assert len(site.tasks()) == 1
+    assert site.server._run.experiment == "any"
+
+
+def test_a_server_that_was_started_again_may_have_other_settings(begin):
+    site = begin({"notes": True})
+    assert site.ask(settings={"lr": "1"})[0].error == ""
+    assert site.ask(settings={"lr": "2"}, attempt=1)[0].error == ""
+    told = [json.loads(line) for line in (site.folder / "logs" / "r1.told").read_text().splitlines()]
+    assert [(one["source"], one["settings"]) for one in told] == [("digits", {"lr": "1"}), ("digits", {"lr": "2"})]
+    assert site.ask(settings={"epochs": "2"}, attempt=2, number=2)[0].refused  # they are checked as ever
+    assert site.ask(settings={"lr": "2"}, attempt=1, number=2)[0].error == ""
 
 
 def test_what_a_runs_process_is_told_is_not_on_its_command_line(begin):
