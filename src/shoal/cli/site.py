@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ def site(
         for entry in settings.allowed.values():
             print(f"{settings.name} allows {entry.name}: {entry.source}")
         return
+    os.umask(0o077)  # records and logs tell of the site's data: they are its owner's alone
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     server = SiteServer(folder.resolve(), [sys.executable, "-m", "shoal.experiments.at_site"])
     try:

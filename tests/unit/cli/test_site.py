@@ -15,6 +15,7 @@ from shoal.deploy.answer import Answer
 from shoal.deploy.bridge import ADDRESS, forward
 from shoal.deploy.parcel import Parcel
 from shoal.deploy.request import Request
+from shoal.deploy.site_server import SiteServer
 
 SETTINGS = 'name = "site-1"\n[experiments.digits]\n[experiments.mine]\nsource = "mine.py"\n'
 
@@ -23,6 +24,14 @@ SETTINGS = 'name = "site-1"\n[experiments.digits]\n[experiments.mine]\nsource = 
 def folder(tmp_path):
     (tmp_path / "site.toml").write_text(SETTINGS)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def mask():
+    """Takes back what the command sets for its whole process."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def shoal(*words):
@@ -48,6 +57,12 @@ def test_a_folder_that_is_none_is_refused(tmp_path, text, what):
         assert found.exit_code == 2
         assert what in found.stderr
         assert found.stderr.count("\n") == 1
+
+
+def test_what_it_writes_is_its_owners_alone(folder, monkeypatch):
+    monkeypatch.setattr(SiteServer, "serve", lambda server: server._audit.write({"kind": "train"}))
+    assert shoal(folder).exit_code == 0
+    assert (folder / "audit.jsonl").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.slow
