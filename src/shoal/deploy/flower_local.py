@@ -65,13 +65,10 @@ def up(
     """
     until = time.monotonic() + within
     folder = folder.resolve()
+    started = StartedProcesses(folder)
+    started.check_none_runs()
     _check(folder, sites, site_commands)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    started = StartedProcesses(folder)
-    if running := sorted(name for name, lives in started.alive().items() if lives):
-        raise ConfigurationError(
-            f"a deployment runs in {folder} ({', '.join(running)}): end it with `shoal deploy down` first"
-        )
     local = _Local(folder, started, until, app_code=app_code)
     try:
         local.start(sites, site_commands)

@@ -53,14 +53,16 @@ def up(
         within: Seconds in which all must have registered.
 
     Raises:
+        ConfigurationError: A deployment runs in this folder.
         EngineError: Something could not be started; nothing is left of it but the logs.
     """
     folder = folder.absolute()
+    started = StartedProcesses(folder)
+    started.check_none_runs()
     folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + within
     [port] = free_ports(1)
     provision(folder, sites, port)
-    started = StartedProcesses(folder)
     try:
         for site, command in site_commands.items():
             site_folder(folder, site).mkdir(parents=True, exist_ok=True)

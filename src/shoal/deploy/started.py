@@ -104,6 +104,17 @@ class StartedProcesses:
         """Returns the names, in the order of their start, and whether each process has not ended."""
         return {name: _lives(entry) for name, entry in self._told().items()}
 
+    def check_none_runs(self) -> None:
+        """Refuses to begin a deployment in a folder that has one: a failure of the second would end the first.
+
+        Raises:
+            ConfigurationError: One runs there.
+        """
+        if running := sorted(name for name, lives in self.alive().items() if lives):
+            raise ConfigurationError(
+                f"a deployment runs in {self.folder} ({', '.join(running)}): end it with `shoal deploy down` first"
+            )
+
     def pids(self) -> dict[str, int]:
         """Returns the process ids by name."""
         return {name: entry["pid"] for name, entry in self._told().items()}

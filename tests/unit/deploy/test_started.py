@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -92,6 +93,32 @@ def test_a_name_is_used_once_at_a_time(processes):
     processes.start("server", SLEEP)
     with pytest.raises(ConfigurationError, match="server of .* runs already, as process"):
         processes.start("server", SLEEP)
+
+
+def test_a_folder_has_one_deployment_at_a_time(processes, tmp_path):
+    processes.check_none_runs()
+    processes.start("server", SLEEP)
+    with pytest.raises(
+        ConfigurationError, match=r"a deployment runs in .* \(server\): end it with `shoal deploy down`"
+    ):
+        StartedProcesses(tmp_path).check_none_runs()
+    os.kill(processes.pids()["server"], signal.SIGKILL)
+    assert eventually(lambda: not processes.alive()["server"])
+    processes.check_none_runs()
+
+
+@pytest.mark.parametrize("engine", ["flwr", "nvflare"])
+def test_a_deployment_that_runs_is_not_disturbed_by_a_second(processes, tmp_path, engine):
+    pytest.importorskip(engine)
+    local = importlib.import_module(
+        {"flwr": "shoal.deploy.flower_local", "nvflare": "shoal.deploy.nvflare_local"}[engine]
+    )
+    pid = processes.start("site-a", SLEEP)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigurationError, match=r"a deployment runs in .* \(site-a\)"):
+        local.up(tmp_path, ["a"], {"a": SLEEP}, within=5)
+    assert alive(pid)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_an_ended_process_left_is_ended_before_its_name_is_used_again(processes):
