@@ -42,12 +42,13 @@ SIMULATED = "simulate_job"
 class ShoalExecutor(Executor):  # type: ignore[misc]  # NVFlare has no types
     """Stands for a site of shoal's in a client of NVFlare; no framework is imported in its process.
 
-    The site's folder is the one in the environment variable ``SHOAL_SITE_FOLDER``, else the argument, else the one in
-    the file ``local/shoal_site`` of the client. A client that has none, as under the simulator, starts a
-    ``shoal site`` of its own, which ends with the job.
+    The site's folder is the one in the environment variable ``SHOAL_SITE_FOLDER``, else the one in the file
+    ``local/shoal_site`` of the client, else the argument: that one comes with the job, and who submits a job is not to
+    choose among the sites of a machine. A client that has none, as under the simulator, starts a ``shoal site`` of its
+    own, which ends with the job.
 
     Args:
-        site_folder: The folder of the ``shoal site`` to speak to.
+        site_folder: The folder of the ``shoal site`` to speak to, where the client itself names none.
     """
 
     def __init__(self, site_folder: str = "") -> None:
@@ -130,13 +131,13 @@ class ShoalExecutor(Executor):  # type: ignore[misc]  # NVFlare has no types
         return site.folder
 
     def _folder_given(self, fl_ctx: FLContext) -> Path | None:
-        if said := os.environ.get(FOLDER) or self._given:
+        if said := os.environ.get(FOLDER):
             return Path(said)
         path = Path(_workspace(fl_ctx).get_site_config_dir()) / FOLDER_FILE
         try:
             said = path.read_text(encoding="utf-8").strip()
         except FileNotFoundError:
-            return None
+            return Path(self._given) if self._given else None
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error}") from error
         return Path(said)
