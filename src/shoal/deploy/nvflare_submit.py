@@ -139,7 +139,7 @@ def _kit(folder: Path) -> tuple[Path, str]:
 def _followed(kit: Path, user: str, number: str, show: Callable[[str], None], within: float | None) -> str:
     """Shows what a job says until it has ended; returns how it has."""
     begun = heard = time.monotonic()
-    shown = 0
+    shown: list[str] = []
     opened: Session | None = None
     try:
         while True:
@@ -155,9 +155,9 @@ def _followed(kit: Path, user: str, number: str, show: Callable[[str], None], wi
                     opened.close()
                 opened = None
             else:
-                for line in lines[shown:]:
+                for line in _unseen(shown, lines):
                     show(line)
-                shown = len(lines)
+                shown = lines or shown
                 if status.startswith(("FINISHED", "ABANDONED")):
                     return status
             if within is not None and time.monotonic() - begun > within:
@@ -166,6 +166,24 @@ def _followed(kit: Path, user: str, number: str, show: Callable[[str], None], wi
     finally:
         if opened is not None:
             opened.close()
+
+
+def _unseen(seen: list[str], lines: list[str]) -> list[str]:
+    """Returns the lines that have come since the last look.
+
+    NVFlare gives the end of a long log alone: what was seen may lack its beginning by now.
+
+    Args:
+        seen: What the last look has found; its last line may have been written in part.
+        lines: What this one has found.
+    """
+    for first, line in enumerate(seen):
+        count = len(seen) - first
+        if not lines[count - 1 : count] or not lines[0].startswith(line):
+            continue
+        if lines[: count - 1] == seen[first:-1] and lines[count - 1].startswith(seen[-1]):
+            return lines[count:]
+    return lines
 
 
 def _watch(process: subprocess.Popen[bytes], log: Path, show: Callable[[str], None], within: float | None) -> None:
