@@ -224,6 +224,19 @@ def test_a_run_process_that_is_killed_is_started_again(wire, sites, tmp_path):
     assert eventually(lambda: not any(map(alive, killed)), 20)
 
 
+def test_a_run_process_that_ends_between_two_tasks_stops_a_run_that_says_so(wire, sites, tmp_path):
+    """New ranks would have lost what the old ones had, such as the state of their optimizers, without a word."""
+
+    def kill(record):
+        if record["round"] == 1:
+            process = sites.below("site-1")[0]
+            os.kill(process, signal.SIGKILL)
+            assert eventually(lambda: not alive(process), 10)
+
+    with pytest.raises(SiteError, match=r"^site-1: the run's process at this site was killed by SIGKILL"):
+        run_over(wire, order(**script(tmp_path)), [Rounds(kill)])
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_site_that_is_killed_and_comes_back_goes_on(wire, sites, tmp_path, number):
     """Its ranks end at once, also in the midst of a task; in the same folder it goes on."""

@@ -40,9 +40,11 @@ def up(
 ) -> None:
     """Start a server and sites, with certificates and keys of their own, and wait until they are ready."""
     from shoal.deploy.private_site import write_site
+    from shoal.deploy.started import StartedProcesses
 
     local = local_of(engine)
     place = (folder or DEPLOYMENTS / engine).resolve()
+    StartedProcesses(place).check_none_runs()  # before the settings of its sites are written anew
     names = [f"site-{number}" for number in range(1, sites + 1)]
     allowed = _allowed(allow or [])
     commands = {name: write_site(place / "sites" / name, name, allowed) for name in names}

@@ -160,15 +160,24 @@ def read_order(workspace: Any, job: str, name: str) -> dict[str, Any]:
         name: The file beside the job's configuration that says it.
 
     Raises:
-        ConfigurationError: There is no such file.
+        ConfigurationError: There is no such file, or it names code that a job has brought as anything but code.
     """
     path = Path(workspace.get_app_config_dir(job)) / name
     try:
         order: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        brought = Path(workspace.get_app_custom_dir(job)) / order["experiment"]
+        custom = Path(workspace.get_app_custom_dir(job)).resolve()
+        brought = (custom / order["experiment"]).resolve()
+        everything = Path(workspace.get_root_dir()).resolve()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"the job has no order of shoal's in {path}: {error}; export it again") from error
-    return {**order, "experiment": str(brought)} if brought.exists() else order
+    if brought.is_relative_to(custom) and brought.exists():
+        return {**order, "experiment": str(brought)}
+    # NVFlare asks whether a job may bring code by this folder alone; other files come with any job.
+    if any(
+        path.exists() and path.is_relative_to(everything) for path in (brought, Path(order["experiment"]).resolve())
+    ):
+        raise ConfigurationError(f"{order['experiment']} is no code that this job has brought: export it again")
+    return order
 
 
 def _workspace(fl_ctx: FLContext) -> Any:

@@ -94,8 +94,12 @@ class RunProcess:
         if self._stopped:
             raise EngineError("the run's process at this site was stopped")
         if received is None or received[1] is None:
-            raise EngineError(f"the run's process at this site {ending(self._wait())}; its log is {self._log.name}")
+            raise self.ended()
         return read_parcel(received[1])
+
+    def ended(self) -> EngineError:
+        """Returns what to say of its end."""
+        return EngineError(f"the run's process at this site {ending(self._wait())}; its log is {self._log.name}")
 
     def stop(self) -> None:
         """Ends it, and its ranks, whatever they are at; without effect where that is done."""

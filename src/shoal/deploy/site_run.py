@@ -142,7 +142,7 @@ class SiteRun:
 
     def _work(self, request: Request, parcel: Parcel) -> Parcel:
         started = time.monotonic()
-        process, within = self._ready()
+        process, within = self._ready(request)
         try:
             answered = process.ask(parcel, within=within)
             answer = Answer.from_json(answered.meta)
@@ -160,11 +160,11 @@ class SiteRun:
             meta={**answered.meta, "seconds": answer.seconds or self.heard - started}, tensors=answered.tensors
         )
 
-    def _ready(self) -> tuple[RunProcess, float]:
+    def _ready(self, request: Request) -> tuple[RunProcess, float]:
         """Returns the run's process, and the seconds in which it must answer.
 
         Raises:
-            EngineError: It cannot be started, or the run was closed.
+            EngineError: It cannot be started, or has ended since its last task, or the run was closed.
         """
         with self._lock:
             process = self._process
@@ -172,6 +172,8 @@ class SiteRun:
             return process, self._limits.seconds + MARGIN
         if process is not None:
             self._dismiss(process)
+            if request.kind in ("train", "evaluate"):  # what its ranks had is lost: whether that matters, others say
+                raise process.ended()
         process = RunProcess(self._command, self._told(), self._folder / "logs" / f"{self.run}.log", {})
         with self._lock:
             closed = self._closed

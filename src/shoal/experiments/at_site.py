@@ -254,8 +254,9 @@ def serve(channel: socket.socket, told: Told) -> None:
                 traceback.print_exc()
                 failed = error
                 refused = isinstance(error, ConfigurationError)
+                said = str(error) if isinstance(error, ShoalError) else f"{type(error).__name__}: see the site's log"
                 answer = Parcel(
-                    meta=Answer(site=told.site, number=request.number, error=str(error), refused=refused).to_json()
+                    meta=Answer(site=told.site, number=request.number, error=said, refused=refused).to_json()
                 )
             _send(channel, answer)
             if failed is not None:

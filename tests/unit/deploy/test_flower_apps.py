@@ -195,7 +195,7 @@ def test_what_goes_wrong_at_the_site_is_the_reply(tmp_path: Path) -> None:
         reply = shoal.flower.client_app(message(Parcel(meta={})), SimpleNamespace(node_config=config))
         return str(parcel_of(reply.content).meta["error"])
 
-    assert "--node-config" in error_of({})
+    assert "shoal supernode" in error_of({})
     assert f"shoal site {tmp_path}" in error_of({"shoal-site": str(tmp_path)})
 
 

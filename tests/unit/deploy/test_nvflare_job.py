@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,20 +56,44 @@ def test_it_brings_files_and_folders(tmp_path):
     assert validated(tmp_path / "job")["byoc"]
 
 
-def test_an_experiment_that_the_job_brings_is_found_there(tmp_path):
+def workspace(tmp_path):
+    """Returns what the executor asks of NVFlare's workspace, with one job's files in it."""
+
     class Workspace:
+        def get_root_dir(self):
+            return str(tmp_path / "job")
+
         def get_app_config_dir(self, job):
             return str(tmp_path / "job" / "app" / "config")
 
         def get_app_custom_dir(self, job):
             return str(tmp_path / "job" / "app" / "custom")
 
+    return Workspace()
+
+
+def test_an_experiment_that_the_job_brings_is_found_there(tmp_path):
     (tmp_path / "mine.py").write_text("")
     order = json.dumps({"experiment": "mine.py", "name": "mine"})
     write_job(tmp_path / "job", order=order, name="run", files={"mine.py": tmp_path / "mine.py"})
-    assert read_order(Workspace(), "1", ORDER)["experiment"] == str(tmp_path / "job" / "app" / "custom" / "mine.py")
+    found = read_order(workspace(tmp_path), "1", ORDER)["experiment"]
+    assert found == str(tmp_path / "job" / "app" / "custom" / "mine.py")
     with pytest.raises(ConfigurationError, match="no order"):
-        read_order(Workspace(), "1", "other.json")
+        read_order(workspace(tmp_path), "1", "other.json")
+
+
+def test_code_that_a_job_brings_beside_its_code_is_not_run(tmp_path):
+    """NVFlare asks for the right to bring code where a job has a folder of it, and other files come with any job."""
+    hidden = tmp_path / "job" / "app" / "config" / "x.py"
+    for number, said in enumerate(["../config/x.py", str(hidden), "digits", "/srv/mine.py"]):
+        shutil.rmtree(tmp_path / "job", ignore_errors=True)
+        write_job(tmp_path / "job", order=json.dumps({"experiment": said, "name": "mine"}), name="run", own_code=False)
+        hidden.write_text("")
+        if number < 2:
+            with pytest.raises(ConfigurationError, match="no code that this job has brought"):
+                read_order(workspace(tmp_path), "1", ORDER)
+        else:
+            assert read_order(workspace(tmp_path), "1", ORDER)["experiment"] == said
 
 
 @pytest.mark.parametrize(
