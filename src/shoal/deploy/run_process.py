@@ -18,6 +18,7 @@ from shoal.errors import EngineError
 from shoal.processes.forking import ending
 from shoal.processes.messages import channel, receive, send
 from shoal.processes.table import in_sessions
+from shoal.processes.tensors import anonymous_file
 
 LEAVE = 15.0
 """Seconds in which it ends its ranks and itself when it is told to."""
@@ -128,7 +129,7 @@ class RunProcess:
 
 def _file_of(text: str) -> IO[bytes]:
     """Returns a file in memory to read a text from; unlike a pipe, it waits for no reader, and misses none."""
-    file = os.fdopen(os.memfd_create("shoal-told", os.MFD_CLOEXEC), "w+b")
+    file = os.fdopen(anonymous_file("shoal-told"), "w+b")
     file.write(text.encode())
     file.seek(0)
     return file
