@@ -48,9 +48,7 @@ def copy(tree: Params) -> dict[str, Array]:
 
 def zeros(tree: Params) -> dict[str, Array]:
     """Returns float64 zeros with the names, shapes and devices of ``tree``."""
-    return map_trees(
-        lambda array: np.zeros(np.shape(array)) if _is_numpy(array) else array.new_zeros(array.shape).double(), tree
-    )
+    return map_trees(_zeros, tree)
 
 
 def difference(after: Params, before: Params) -> dict[str, Array]:
@@ -155,6 +153,12 @@ def unflatten(tree: Params, separator: str = "/") -> dict[str, dict[str, Array]]
         outer, _, inner = name.partition(separator)
         trees.setdefault(outer, {})[inner] = array
     return trees
+
+
+def _zeros(array: Array) -> Array:
+    if _is_numpy(array):
+        return np.zeros(np.shape(array))
+    return array.new_zeros(0).double().new_zeros(array.shape)  # in float64 at once: a large array is not made twice
 
 
 def _added(wide: Array, array: Array) -> Array:
