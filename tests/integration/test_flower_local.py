@@ -141,7 +141,7 @@ def test_a_second_start_in_the_same_folder_is_refused(deployment: Path) -> None:
     with pytest.raises(ConfigurationError, match="a deployment runs in"):
         up(deployment, ["a"], {"a": ["true"]}, within=10)
     assert all(StartedProcesses(deployment).alive().values())
-    assert any("flower-supernode" in line for line in commands(deployment))
+    assert any("shoal supernode" in line for line in commands(deployment))
 
 
 def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from shoal.deploy.certificates import write_node_key, write_server_certificates
 from shoal.deploy.flower_app import write_app
 from shoal.deploy.flower_local import commands, down, up
 from shoal.deploy.flower_submit import submit
+from shoal.deploy.flower_supernode import without_app_code
 from shoal.deploy.flower_tools import CONNECTION, HOME, environment, tool
 from shoal.deploy.private_site import write_site
 from shoal.deploy.site_settings import Allowed
@@ -154,13 +155,15 @@ def test_a_site_that_goes_away_in_a_round_and_comes_back_joins_a_later_one(deplo
         os.kill(pids[name], signal.SIGKILL)
     assert eventually(lambda: not started.alive()["site-site-2"] and not started.alive()["supernode-site-2"], 10)
     run.wait_for_round(2)
-    env = environment(deployment / "flower-home")
+    env = without_app_code(deployment / "sites" / "site-2", environment(deployment / HOME))
     for name in ("site-site-2", "supernode-site-2"):
         started.start(name, entries[name]["command"], env=env, cwd=deployment)
     found = run.end()
     missed = [record["round"] for record in run.records() if record["failed"]]
     assert [record["failed"] for record in run.records() if record["failed"]] == [[1]] * len(missed)
     there = [number for number in range(1, 7) if number not in missed]
+    assert missed
+    assert there[-1] == 6
     np.testing.assert_allclose(found, expected_weights(6, {"site-2": there}), atol=1e-6)
 
 
