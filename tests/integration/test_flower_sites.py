@@ -163,7 +163,7 @@ def test_a_site_that_goes_away_in_a_round_and_comes_back_joins_a_later_one(deplo
     assert [record["failed"] for record in run.records() if record["failed"]] == [[1]] * len(missed)
     there = [number for number in range(1, 7) if number not in missed]
     assert missed
-    assert there[-1] == 6
+    assert there[-1] > missed[0]
     np.testing.assert_allclose(found, expected_weights(6, {"site-2": there}), atol=1e-6)
 
 
