@@ -8,7 +8,8 @@ so that the order of clients and the number of workers matter as little as they 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -19,6 +20,36 @@ Framework = Literal["numpy", "torch"]
 
 LARGE = 2**13
 """From how many numbers on an array's arithmetic takes longer than a call."""
+
+SMALLEST_PIECE, LARGEST_PIECE = 2**12, 2**18
+"""Numbers of a piece of an array: enough for a call to be worth it, and so few that a core's cache holds them."""
+
+
+class Computed(Mapping[str, Array]):
+    """A tree whose arrays are computed in float64 as they are asked for, piece by piece, and kept nowhere.
+
+    Args:
+        like: Arrays of the names and shapes to have.
+    """
+
+    def __init__(self, like: Params) -> None:
+        self.like = like
+
+    @abstractmethod
+    def pieces(self, name: str, size: int) -> Iterator[Array]:
+        """Computes an array, flat, ``size`` numbers at a time; each piece is valid until the next is computed."""
+
+    def __getitem__(self, name: str) -> Array:
+        whole = _zeros(self.like[name])
+        for part, piece in zip(in_pieces(whole, LARGEST_PIECE), self.pieces(name, LARGEST_PIECE), strict=True):
+            part[...] = piece
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
 
 
 def framework(tree: Params) -> Framework:
@@ -61,14 +92,34 @@ def advance(tree: Params, increment: Params, *, consume: bool = False) -> dict[s
 
     Args:
         tree: What to add to.
-        increment: What to add.
+        increment: What to add. One that is computed is never there as a whole.
         consume: Whether the arrays of ``increment``, in float64, may be overwritten. If it is a dict, each is taken out
             of it as soon as it is added: the sum then needs no more memory than that had.
     """
+    if isinstance(increment, Computed):
+        size = piece_size(tree)
+        return {name: _advanced(array, increment.pieces(name, size), size) for name, array in tree.items()}
     if not consume:
         return map_trees(lambda array, step: cast_like(widen(array) + widen(step), array), tree, increment)
     take = increment.pop if isinstance(increment, dict) else increment.__getitem__
     return {name: cast_like(_added(take(name), array), array) for name, array in tree.items()}
+
+
+def piece_size(tree: Params) -> int:
+    """Returns how many numbers of an array to work on at once, so that they take little memory beside the tree's."""
+    numbers: int = sum(math.prod(array.shape) for array in tree.values())
+    return min(max(numbers // 32, SMALLEST_PIECE), LARGEST_PIECE)
+
+
+def in_pieces(array: Array, size: int) -> Iterator[Array]:
+    """Returns an array, flat, ``size`` numbers at a time: views of it where it is contiguous."""
+    flat = array.reshape(-1)
+    return (flat[start : start + size] for start in range(0, len(flat), size))
+
+
+def pieces(tree: Params, name: str, size: int) -> Iterator[Array]:
+    """Returns an array of a tree in pieces, computed as they are asked for where the tree is."""
+    return tree.pieces(name, size) if isinstance(tree, Computed) else in_pieces(tree[name], size)
 
 
 def add_scaled(total: dict[str, Array], tree: Params, scale: float) -> None:
@@ -159,6 +210,19 @@ def _zeros(array: Array) -> Array:
     if _is_numpy(array):
         return np.zeros(np.shape(array))
     return array.new_zeros(0).double().new_zeros(array.shape)  # in float64 at once: a large array is not made twice
+
+
+def _advanced(array: Array, pieces: Iterator[Array], size: int) -> Array:
+    """Returns an array plus one in float64 that comes in pieces, which are overwritten."""
+    after = _empty(array)
+    for target, part, piece in zip(in_pieces(after, size), in_pieces(array, size), pieces, strict=True):
+        target[...] = _added(piece, part)
+    return after
+
+
+def _empty(array: Array) -> Array:
+    """Returns a contiguous array of the same shape and dtype, in the same place."""
+    return np.empty(array.shape, array.dtype) if _is_numpy(array) else array.new_empty(array.shape)
 
 
 def _added(wide: Array, array: Array) -> Array:

@@ -152,7 +152,7 @@ class WeightedSum:
         return tree
 
 
-class _Mean(Mapping[str, Array]):
+class _Mean(trees.Computed):
     """The weighted mean of trees, computed in float64 as its arrays are asked for.
 
     Args:
@@ -162,19 +162,19 @@ class _Mean(Mapping[str, Array]):
     """
 
     def __init__(self, like: Params, parts: Sequence[Params], weights: Sequence[float]) -> None:
-        self._like = like
+        super().__init__(like)
         self._parts = parts
         self._weights = weights
 
-    def __getitem__(self, name: str) -> Array:
-        total = trees.zeros({name: self._like[name]})
-        for tree, weight in zip(self._parts, self._weights, strict=True):
-            trees.add_scaled(total, {name: tree[name]}, weight)
-        total[name] /= sum(self._weights)
-        return total[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._like)
-
-    def __len__(self) -> int:
-        return len(self._like)
+    def pieces(self, name: str, size: int) -> Iterator[Array]:
+        """Computes the mean of an array."""
+        terms = [trees.pieces(tree, name, size) for tree in self._parts]
+        memory: Array | None = None
+        for piece in trees.in_pieces(self.like[name], size):
+            memory = trees.zeros({name: piece})[name] if memory is None else memory
+            sums = memory[: len(piece)]
+            sums[...] = 0
+            for term, weight in zip(terms, self._weights, strict=True):
+                trees.add_scaled({name: sums}, {name: next(term)}, weight)
+            sums /= sum(self._weights)
+            yield sums

@@ -7,7 +7,7 @@ from pathlib import Path
 
 M_MMAP_THRESHOLD = -3
 
-LARGE = 1 << 20
+LARGE = 1 << 18
 """From how many bytes on memory is given back as soon as it is freed."""
 
 

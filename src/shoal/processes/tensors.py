@@ -14,6 +14,7 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -180,22 +181,39 @@ class TensorFile:
         """The size of all arrays together."""
         return self._size - PREFIX - len(self.header)
 
-    def read(self, name: str, *, like: Array | None = None, memory: np.ndarray | None = None) -> Array:
+    def read(self, name: str, *, like: Array | None = None) -> Array:
         """Returns a copy of an array.
 
         Args:
             name: Which.
             like: An array of the framework to return; None for torch's where numpy has no such dtype, else numpy's.
-            memory: Where the copy is to be, uint8 [bytes or more]; None for new memory.
 
         Raises:
-            ValueError: The shared memory was cut, or there is too little for the copy.
+            ValueError: The shared memory was cut.
         """
         entry = self.entries[name]
-        size = entry.end - entry.start
-        if memory is not None and len(memory) < size:
-            raise ValueError(f"array {name} has {size} bytes, and the memory for it {len(memory)}")
-        data = np.empty(size, np.uint8) if memory is None else memory[:size]
+        return self._copied(entry, np.empty(entry.end - entry.start, np.uint8), like)
+
+    def pieces(self, name: str, size: int, *, like: Array | None = None) -> Iterator[Array]:
+        """Copies an array, flat, so many elements at a time; each piece is valid until the next is asked for.
+
+        Args:
+            name: Which.
+            size: The elements of a piece.
+            like: As above.
+
+        Raises:
+            ValueError: The shared memory was cut.
+        """
+        entry = self.entries[name]
+        width = size_of(entry.dtype)
+        memory = np.empty(min(size * width, entry.end - entry.start), np.uint8)
+        for start in range(entry.start, entry.end, size * width):
+            end = min(start + size * width, entry.end)
+            yield self._copied(Entry(entry.dtype, ((end - start) // width,), start, end), memory, like)
+
+    def _copied(self, entry: Entry, memory: np.ndarray, like: Array | None) -> Array:
+        data = memory[: entry.end - entry.start]
         self.fill(data, entry.start)
         kind = "numpy" if like is None or isinstance(like, np.ndarray | np.generic) else "torch"
         return view(data, Entry(entry.dtype, entry.shape, 0, len(data)), framework=kind)

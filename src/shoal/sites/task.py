@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,10 +29,6 @@ class SiteTask:
         self.broadcast = broadcast
         self._seed = seed
         self._ties = dict(ties)
-        sizes = [math.prod(array.shape) for array in broadcast.model.merged().values()]
-        largest = max(sizes, default=0)
-        self._wide = np.empty(largest, np.float64)
-        self._raw = np.empty(8 * largest, np.uint8)
         self.fd = -1
         self._number = 0
 
@@ -108,61 +103,54 @@ class SiteTask:
     def _not_finite(self, file: TensorFile) -> str | None:
         """Says which array holds NaN or infinity; None where none does."""
         tree = {**self.broadcast.model.params, **self.broadcast.model.buffers}
+        size = trees.piece_size(tree)
         for name in file.entries:
-            if not trees.all_finite({name: file.read(name, like=tree[name], memory=self._raw)}):
+            pieces = file.pieces(name, size, like=tree[name])
+            if not all(trees.all_finite({name: piece}) for piece in pieces):
                 return f"it sent NaN or infinity in {name}: try a smaller learning rate, or clip gradients"
         return None
 
     def update(self, reply: Reply) -> Update:
         """Returns a reply that has no problem as an update.
 
-        Its arrays are read and subtracted when they are asked for, each in the same memory as the one before, so that
-        a site's model is never in this process as a whole.
+        Its arrays are read and subtracted when they are asked for, in pieces, so that a site's model is never in this
+        process as a whole.
         """
         model = self.broadcast.model
         has_buffers = reply.file is not None and all(name in reply.file.entries for name in model.buffers)
         return Update(
-            delta=_Difference(reply, model.params, self._raw, self._wide),
-            buffers=_Difference(reply, model.buffers, self._raw, self._wide)
-            if has_buffers
-            else trees.zeros(model.buffers),
+            delta=_Difference(reply, model.params),
+            buffers=_Difference(reply, model.buffers) if has_buffers else trees.zeros(model.buffers),
             weight=reply.examples,
             metrics=reply.metrics,
         )
 
 
-class _Difference(Mapping[str, Array]):
-    """What a site's training has changed, in float64; each array is valid until the next one is asked for.
+class _Difference(trees.Computed):
+    """What a site's training has changed, in float64, read as it is asked for.
 
     Args:
         reply: Has the arrays after training, or what has changed in them.
         before: The arrays before it, by the names to have.
-        raw: Memory for what is read, uint8, as much as the largest array takes.
-        wide: Memory for what is returned, float64, likewise.
     """
 
-    def __init__(self, reply: Reply, before: Params, raw: np.ndarray, wide: np.ndarray) -> None:
+    def __init__(self, reply: Reply, before: Params) -> None:
+        super().__init__(before)
         self._reply = reply
-        self._before = before
-        self._raw = raw
-        self._wide = wide
 
-    def __getitem__(self, name: str) -> Array:
-        before = self._before[name]
+    def pieces(self, name: str, size: int) -> Iterator[Array]:
+        """Computes what has changed in an array."""
         if self._reply.file is None:
             raise KeyError(name)
-        read = self._reply.file.read(name, like=before, memory=self._raw)
-        wide = self._wide[: math.prod(read.shape)].reshape(tuple(read.shape))
-        found: Array = _widened(wide, read)
-        if self._reply.tree == "params":
-            _subtract(found, before)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._before)
-
-    def __len__(self) -> int:
-        return len(self._before)
+        before = self.like[name]
+        wide: np.ndarray | None = None
+        read = self._reply.file.pieces(name, size, like=before)
+        for after, part in zip(read, trees.in_pieces(before, size), strict=True):
+            wide = np.empty(len(part)) if wide is None else wide
+            found = _widened(wide[: len(part)], after)
+            if self._reply.tree == "params":
+                _subtract(found, part)
+            yield found
 
 
 def _widened(memory: np.ndarray, array: Array) -> Array:

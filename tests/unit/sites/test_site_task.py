@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from shoal.algorithms import FedAvg, WeightedSum
 from shoal.processes.tensors import TensorFile, write_tensors
 from shoal.sites.state import Reply
 from shoal.sites.task import SiteTask
@@ -49,3 +51,26 @@ def test_buffers_may_be_left_out_beside_what_has_changed():
         assert work.problem(reply) == "it sent no mean"
     with replied("delta", BUFFERS) as (work, reply):
         assert work.problem(reply) == "it sent no w"
+
+
+@pytest.mark.parametrize("tree", ["params", "delta"])
+def test_a_round_of_sites_takes_one_new_model_and_little_more_at_the_server(tree):
+    model = ModelState(params={"w": np.ones((1000, 1000), np.float32)})
+    work = SiteTask("train", Broadcast(round=1, model=model), ties={}, seed=0)
+    method, total = FedAvg(), WeightedSum(model)
+    sent = {place: np.full((1000, 1000), place + 2, np.float32) for place in range(2)}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(write_tensors({"w": array}))) for array in sent.values()]
+        tracemalloc.start()
+        try:
+            for place, file in enumerate(files):
+                reply = Reply(task=1, examples=1.0, metrics={}, tree=tree, file=file)
+                assert work.problem(reply) is None
+                total.add_later(work.update(reply), 1.0 + place, place=place)
+            after = method.step(method.start(model), total.mean()).model.params["w"]
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 1.5 * after.nbytes  # one array in float64 would be two models more
+    mean = (2 + 3 * 2) / 3
+    np.testing.assert_array_equal(after, np.float32(mean if tree == "params" else 1 + mean))
