@@ -37,7 +37,10 @@ class Computed(Mapping[str, Array]):
 
     @abstractmethod
     def pieces(self, name: str, size: int) -> Iterator[Array]:
-        """Computes an array, flat, ``size`` numbers at a time; each piece is valid until the next is computed."""
+        """Computes an array, flat, ``size`` numbers at a time.
+
+        A piece may be overwritten, and is valid until another is computed, of this tree or one that was made with it.
+        """
 
     def __getitem__(self, name: str) -> Array:
         whole = _zeros(self.like[name])

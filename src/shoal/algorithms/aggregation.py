@@ -57,7 +57,7 @@ class WeightedSum:
         self.count(1, weight)
 
     def add_later(self, update: Update, weight: float, *, place: int) -> None:
-        """Adds one update that is read when the mean is, array by array, so that the sums take memory for one array.
+        """Adds one update that is read when the mean is, piece by piece, so that the sums take next to no memory.
 
         Args:
             update: Can be read until then, more than once.

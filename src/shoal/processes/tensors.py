@@ -194,12 +194,13 @@ class TensorFile:
         entry = self.entries[name]
         return self._copied(entry, np.empty(entry.end - entry.start, np.uint8), like)
 
-    def pieces(self, name: str, size: int, *, like: Array | None = None) -> Iterator[Array]:
-        """Copies an array, flat, so many elements at a time; each piece is valid until the next is asked for.
+    def pieces(self, name: str, size: int, *, memory: np.ndarray, like: Array | None = None) -> Iterator[Array]:
+        """Copies an array, flat, so many elements at a time.
 
         Args:
             name: Which.
             size: The elements of a piece.
+            memory: Where each piece is to be in its turn, uint8, with room for it.
             like: As above.
 
         Raises:
@@ -207,7 +208,6 @@ class TensorFile:
         """
         entry = self.entries[name]
         width = size_of(entry.dtype)
-        memory = np.empty(min(size * width, entry.end - entry.start), np.uint8)
         for start in range(entry.start, entry.end, size * width):
             end = min(start + size * width, entry.end)
             yield self._copied(Entry(entry.dtype, ((end - start) // width,), start, end), memory, like)

@@ -29,6 +29,7 @@ class SiteTask:
         self.broadcast = broadcast
         self._seed = seed
         self._ties = dict(ties)
+        self._scratch = _Scratch()
         self.fd = -1
         self._number = 0
 
@@ -105,7 +106,7 @@ class SiteTask:
         tree = {**self.broadcast.model.params, **self.broadcast.model.buffers}
         size = trees.piece_size(tree)
         for name in file.entries:
-            pieces = file.pieces(name, size, like=tree[name])
+            pieces = file.pieces(name, size, memory=self._scratch.raw(size), like=tree[name])
             if not all(trees.all_finite({name: piece}) for piece in pieces):
                 return f"it sent NaN or infinity in {name}: try a smaller learning rate, or clip gradients"
         return None
@@ -119,11 +120,31 @@ class SiteTask:
         model = self.broadcast.model
         has_buffers = reply.file is not None and all(name in reply.file.entries for name in model.buffers)
         return Update(
-            delta=_Difference(reply, model.params),
-            buffers=_Difference(reply, model.buffers) if has_buffers else trees.zeros(model.buffers),
+            delta=_Difference(reply, model.params, self._scratch),
+            buffers=_Difference(reply, model.buffers, self._scratch) if has_buffers else trees.zeros(model.buffers),
             weight=reply.examples,
             metrics=reply.metrics,
         )
+
+
+class _Scratch:
+    """Memory for one piece of an array: what is read, and the same in float64. All of a task's replies share it."""
+
+    def __init__(self) -> None:
+        self._raw = np.empty(0, np.uint8)
+        self._wide = np.empty(0)
+
+    def raw(self, size: int) -> np.ndarray:
+        """Returns memory for so many numbers of any dtype, uint8."""
+        if len(self._raw) < 8 * size:
+            self._raw = np.empty(8 * size, np.uint8)
+        return self._raw
+
+    def wide(self, size: int) -> np.ndarray:
+        """Returns memory for so many numbers, float64."""
+        if len(self._wide) < size:
+            self._wide = np.empty(size)
+        return self._wide
 
 
 class _Difference(trees.Computed):
@@ -132,21 +153,22 @@ class _Difference(trees.Computed):
     Args:
         reply: Has the arrays after training, or what has changed in them.
         before: The arrays before it, by the names to have.
+        scratch: Has the piece that was computed last, of any reply.
     """
 
-    def __init__(self, reply: Reply, before: Params) -> None:
+    def __init__(self, reply: Reply, before: Params, scratch: _Scratch) -> None:
         super().__init__(before)
         self._reply = reply
+        self._scratch = scratch
 
     def pieces(self, name: str, size: int) -> Iterator[Array]:
         """Computes what has changed in an array."""
         if self._reply.file is None:
             raise KeyError(name)
         before = self.like[name]
-        wide: np.ndarray | None = None
-        read = self._reply.file.pieces(name, size, like=before)
+        raw, wide = self._scratch.raw(size), self._scratch.wide(size)
+        read = self._reply.file.pieces(name, size, memory=raw, like=before)
         for after, part in zip(read, trees.in_pieces(before, size), strict=True):
-            wide = np.empty(len(part)) if wide is None else wide
             found = _widened(wide[: len(part)], after)
             if self._reply.tree == "params":
                 _subtract(found, part)
