@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,8 @@ def test_who_is_not_there_in_time_is_told(tmp_path, monkeypatch, left_out, withi
         return {name: command for name, command in all_of(*asked).items() if name != left_out}
 
     monkeypatch.setattr(nvflare_local, "participants", participants)
+    begun = time.monotonic()
     with pytest.raises(EngineError, match="in time"):
         up(tmp_path, ["a"], {}, within=within)
+    assert time.monotonic() - begun < 60
     assert marked(MARK, str(tmp_path)) == []

@@ -192,7 +192,7 @@ class TensorFile:
             ValueError: The shared memory was cut.
         """
         entry = self.entries[name]
-        return self._copied(entry, np.empty(entry.end - entry.start, np.uint8), like)
+        return self._copied(name, entry, np.empty(entry.end - entry.start, np.uint8), like)
 
     def pieces(self, name: str, size: int, *, memory: np.ndarray, like: Array | None = None) -> Iterator[Array]:
         """Copies an array, flat, so many elements at a time.
@@ -200,20 +200,23 @@ class TensorFile:
         Args:
             name: Which.
             size: The elements of a piece.
-            memory: Where each piece is to be in its turn, uint8, with room for it.
-            like: As above.
+            memory: Where each piece is to be in its turn, uint8 [bytes of one or more].
+            like: An array of the framework to return; None as for :meth:`read`.
 
         Raises:
-            ValueError: The shared memory was cut.
+            ValueError: The shared memory was cut, or there is too little for a piece.
         """
         entry = self.entries[name]
         width = size_of(entry.dtype)
         for start in range(entry.start, entry.end, size * width):
             end = min(start + size * width, entry.end)
-            yield self._copied(Entry(entry.dtype, ((end - start) // width,), start, end), memory, like)
+            yield self._copied(name, Entry(entry.dtype, ((end - start) // width,), start, end), memory, like)
 
-    def _copied(self, entry: Entry, memory: np.ndarray, like: Array | None) -> Array:
-        data = memory[: entry.end - entry.start]
+    def _copied(self, name: str, entry: Entry, memory: np.ndarray, like: Array | None) -> Array:
+        size = entry.end - entry.start
+        if len(memory) < size:
+            raise ValueError(f"array {name} has {size} bytes, and the memory for it {len(memory)}")
+        data = memory[:size]
         self.fill(data, entry.start)
         kind = "numpy" if like is None or isinstance(like, np.ndarray | np.generic) else "torch"
         return view(data, Entry(entry.dtype, entry.shape, 0, len(data)), framework=kind)

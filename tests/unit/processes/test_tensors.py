@@ -70,6 +70,9 @@ def test_every_bit_of_a_tensor_comes_back(rows, seed):
             tensor = file.read(name, like=sent)
             assert (tensor.dtype, tensor.shape) == (sent.dtype, sent.shape)
             assert raw(tensor) == raw(sent)
+            memory = np.empty(sent.nbytes, np.uint8)
+            pieces = [raw(piece) for piece in file.pieces(name, seed + 1, memory=memory, like=sent)]
+            assert b"".join(pieces) == raw(sent)
 
 
 @given(st.dictionaries(names, st.tuples(st.sampled_from(OF_NUMPY), shapes), max_size=6), st.integers(0, 9))
@@ -214,6 +217,15 @@ def test_pieces_of_an_array_are_the_array(dtype, length, size):
     assert [len(piece) for piece in pieces] == [min(size, length - start) for start in range(0, length, size)]
     assert all(piece.dtype == tree["w"].dtype for piece in pieces)
     assert torch.equal(torch.cat([*pieces, tree["w"][:0]]).double(), tree["w"].double())
+
+
+@pytest.mark.parametrize("given", [0, 23])
+def test_too_little_memory_for_a_copy_is_told(given):
+    with (
+        TensorFile(write_tensors({"w": np.arange(3.0)})) as file,
+        pytest.raises(ValueError, match=f"array w has 24 bytes, and the memory for it {given}"),
+    ):
+        next(file.pieces("w", 3, memory=np.empty(given, np.uint8)))
 
 
 def test_nobody_writes_through_what_is_for_reading():
